@@ -1,0 +1,114 @@
+"""tokendyn: the token dynamics of selective state space models.
+
+Operations follow the arrays they are given (NumPy, PyTorch or JAX). ``use`` and ``backend`` choose where
+things made from nothing live. Importing this package loads no framework and touches no device; every name
+below is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tokendyn._dispatch import backend, use
+
+if TYPE_CHECKING:
+    from tokendyn import core, errors, jax, torch
+    from tokendyn._inputs import random_inputs
+    from tokendyn._operations import (
+        IOSpectrum,
+        effective_tokens,
+        hard_order,
+        hidden_attention,
+        importance_score,
+        io_projections,
+        io_spectrum,
+        put_tokens,
+        selective_scan,
+        softsort,
+        softsort_matrix,
+        softsort_restore,
+        take_tokens,
+        token_order,
+    )
+    from tokendyn._order import Order
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    **dict.fromkeys(
+        (
+            "IOSpectrum",
+            "effective_tokens",
+            "hard_order",
+            "hidden_attention",
+            "importance_score",
+            "io_projections",
+            "io_spectrum",
+            "put_tokens",
+            "selective_scan",
+            "softsort",
+            "softsort_matrix",
+            "softsort_restore",
+            "take_tokens",
+            "token_order",
+        ),
+        "tokendyn._operations",
+    ),
+    "Order": "tokendyn._order",
+    "random_inputs": "tokendyn._inputs",
+}
+_MODULES = ("core", "errors", "jax", "torch")
+_CONSTRUCTORS = ("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t")
+
+__all__ = [
+    "IOSpectrum",
+    "Mamba",
+    "MambaVision",
+    "Order",
+    "S6",
+    "TokenReorder",
+    "__version__",
+    "backend",
+    "core",
+    "effective_tokens",
+    "errors",
+    "hard_order",
+    "hidden_attention",
+    "importance_score",
+    "io_projections",
+    "io_spectrum",
+    "jax",
+    "mambavision_t",
+    "put_tokens",
+    "random_inputs",
+    "selective_scan",
+    "softsort",
+    "softsort_matrix",
+    "softsort_restore",
+    "take_tokens",
+    "token_order",
+    "torch",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _MODULES:
+        return importlib.import_module(f"tokendyn.{name}")
+    elif name in _CONSTRUCTORS:
+        import functools
+
+        from tokendyn._layers import construct
+
+        value = functools.partial(construct, name)
+    else:
+        raise AttributeError(f"module 'tokendyn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

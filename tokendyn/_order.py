@@ -1,0 +1,82 @@
+"""The order of tokens as one object, the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokendyn import _operations as ops
+from tokendyn._dispatch import kind_of, load_backend
+from tokendyn.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """An order of tokens and its inverse; made by :func:`tokendyn.token_order`.
+
+    Apply it to everything that is indexed by token (the tokens, a gate, a residual, positions), or undo it
+    before sorted and unsorted tensors meet. It is a pytree under JAX.
+
+    Attributes:
+        scores: (b, L) the scores that made it.
+        indices: (b, L) integers, the hard order.
+        method: ``"softsort"``, ``"hard"`` or ``"straight_through"``.
+        tau, power, ascending: see :func:`tokendyn.softsort`.
+    """
+
+    scores: Any
+    indices: Any
+    method: str
+    tau: float
+    power: float
+    ascending: bool
+
+    def apply(self, x: Any, *, axis: int = -2) -> Any:
+        """``x`` (three axes, tokens along ``axis``) in this order. Cost: see :func:`tokendyn.softsort`.
+
+        Raises:
+            ShapeError: ``x`` has another number of axes or tokens.
+        """
+        return self._run(x, axis, ops.softsort, ops.take_tokens)
+
+    def restore(self, y: Any, *, axis: int = -2) -> Any:
+        """``y`` back in the original order: the inverse permutation, or the normalised transpose of P.
+
+        Raises:
+            ShapeError: ``y`` has another number of axes or tokens.
+        """
+        return self._run(y, axis, ops.softsort_restore, ops.put_tokens)
+
+    def matrix(self) -> Any:
+        """(b, L, L) the matrix that :meth:`apply` multiplies with. O(b L²): to look at, not to run."""
+        if self.method == "softsort":
+            return ops.softsort_matrix(self.scores, **self._softsort_options)
+        return load_backend(_kind(self.scores)).permutation_matrix(self.indices, self.scores)
+
+    @property
+    def _softsort_options(self) -> dict[str, Any]:
+        return {"tau": self.tau, "power": self.power, "ascending": self.ascending}
+
+    def _run(self, x: Any, axis: int, soft: Any, hard: Any) -> Any:
+        if len(x.shape) != 3 or not -3 <= axis < 3 or axis % 3 == 0:
+            raise ShapeError(
+                f"Order: x has shape {tuple(x.shape)} and axis is {axis}, expected three axes, batch first, "
+                f"and tokens along axis 1 (-2) or 2 (-1)"
+            )
+        if axis % 3 == 2:
+            return self._run(x.swapaxes(1, 2), 1, soft, hard).swapaxes(1, 2)
+        if self.method == "softsort":
+            return soft(self.scores, x, **self._softsort_options)
+        permuted = hard(x, self.indices)
+        if self.method == "hard":
+            return permuted
+        # Value: exactly the permuted tokens. Gradient: to x by the permutation, to the scores by SoftSort.
+        stop_gradient = load_backend(_kind(x)).stop_gradient
+        through = soft(self.scores, stop_gradient(x), **self._softsort_options)
+        return permuted + (through - stop_gradient(through))
+
+
+def _kind(array: Any) -> str:
+    kind = kind_of(array)
+    assert kind is not None
+    return kind

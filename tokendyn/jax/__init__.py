@@ -1,0 +1,39 @@
+"""tokendyn on JAX, without dispatch: every operation for JAX arrays and tracers."""
+
+from __future__ import annotations
+
+from tokendyn import _operations as _ops
+from tokendyn._dispatch import bind as _bind
+from tokendyn._dispatch import load_backend as _load_backend
+
+_load_backend("jax")
+
+effective_tokens = _bind(_ops.effective_tokens, "jax")
+hard_order = _bind(_ops.hard_order, "jax")
+hidden_attention = _bind(_ops.hidden_attention, "jax")
+importance_score = _bind(_ops.importance_score, "jax")
+io_projections = _bind(_ops.io_projections, "jax")
+io_spectrum = _bind(_ops.io_spectrum, "jax")
+put_tokens = _bind(_ops.put_tokens, "jax")
+selective_scan = _bind(_ops.selective_scan, "jax")
+softsort = _bind(_ops.softsort, "jax")
+softsort_matrix = _bind(_ops.softsort_matrix, "jax")
+softsort_restore = _bind(_ops.softsort_restore, "jax")
+take_tokens = _bind(_ops.take_tokens, "jax")
+token_order = _ops.token_order
+
+__all__ = [
+    "effective_tokens",
+    "hard_order",
+    "hidden_attention",
+    "importance_score",
+    "io_projections",
+    "io_spectrum",
+    "put_tokens",
+    "selective_scan",
+    "softsort",
+    "softsort_matrix",
+    "softsort_restore",
+    "take_tokens",
+    "token_order",
+]

@@ -1,0 +1,39 @@
+"""tokendyn on PyTorch, without dispatch: every operation for tensors, and the trainable layers."""
+
+from __future__ import annotations
+
+from tokendyn import _operations as _ops
+from tokendyn._dispatch import bind as _bind
+from tokendyn._dispatch import load_backend as _load_backend
+
+_load_backend("torch")
+
+effective_tokens = _bind(_ops.effective_tokens, "torch")
+hard_order = _bind(_ops.hard_order, "torch")
+hidden_attention = _bind(_ops.hidden_attention, "torch")
+importance_score = _bind(_ops.importance_score, "torch")
+io_projections = _bind(_ops.io_projections, "torch")
+io_spectrum = _bind(_ops.io_spectrum, "torch")
+put_tokens = _bind(_ops.put_tokens, "torch")
+selective_scan = _bind(_ops.selective_scan, "torch")
+softsort = _bind(_ops.softsort, "torch")
+softsort_matrix = _bind(_ops.softsort_matrix, "torch")
+softsort_restore = _bind(_ops.softsort_restore, "torch")
+take_tokens = _bind(_ops.take_tokens, "torch")
+token_order = _ops.token_order
+
+__all__ = [
+    "effective_tokens",
+    "hard_order",
+    "hidden_attention",
+    "importance_score",
+    "io_projections",
+    "io_spectrum",
+    "put_tokens",
+    "selective_scan",
+    "softsort",
+    "softsort_matrix",
+    "softsort_restore",
+    "take_tokens",
+    "token_order",
+]
