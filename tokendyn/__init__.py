@@ -62,11 +62,11 @@ _MODULES = ("core", "errors", "jax", "torch")
 _CONSTRUCTORS = ("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t")
 
 __all__ = [
+    "S6",
     "IOSpectrum",
     "Mamba",
     "MambaVision",
     "Order",
-    "S6",
     "TokenReorder",
     "__version__",
     "backend",
