@@ -44,11 +44,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend: its name, the package its arrays come from, and the extra that installs it."""
+    """A backend: its name, the package its arrays come from, the extra that installs it, its dtypes."""
 
     name: str
     package: str
     extra: str | None
+    dtypes: tuple[str, ...]
 
     def owns(self, value: object) -> bool:
         """Whether ``value`` is an array of this backend. Imports nothing."""
@@ -63,9 +64,9 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "numpy": Backend("numpy", "numpy", None),
-    "torch": Backend("torch", "torch", "torch"),
-    "jax": Backend("jax", "jax", "jax"),
+    "numpy": Backend("numpy", "numpy", None, ("float64", "float32")),
+    "torch": Backend("torch", "torch", "torch", ("float64", "float32", "bfloat16", "float16")),
+    "jax": Backend("jax", "jax", "jax", ("float64", "float32", "bfloat16", "float16")),
 }
 
 _scoped: ContextVar[str | None] = ContextVar("tokendyn_backend", default=None)

@@ -624,7 +624,7 @@ def io_projections(
 
 
 @operation(arrays="S_B S_C", differentiable="S_B S_C", source="spec of token dynamics, section 4")
-def io_spectrum(S_B: Any, S_C: Any) -> IOSpectrum:
+def io_spectrum(S_B: Any, S_C: Any) -> Any:
     """Spectrum of the input-output matrix ``M = S_Cᵀ S_B`` and of its symmetric part.
 
     The eigenvalues of M that are not zero by rank are those of the N x N matrix ``S_B S_Cᵀ``; those of

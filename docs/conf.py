@@ -1,0 +1,32 @@
+"""Sphinx configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+import tokendyn
+from support_matrix import support_matrix
+
+project = "tokendyn"
+author = "The tokendyn authors"
+release = version = tokendyn.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "_ext"]
+html_theme = "furo"
+html_title = "tokendyn"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Cost", "Source"]
+nitpicky = False
+
+(Path(__file__).parent / "_build").mkdir(exist_ok=True)
+(Path(__file__).parent / "_build" / "support_matrix.md").write_text(support_matrix() + "\n", encoding="utf-8")

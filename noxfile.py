@@ -1,0 +1,96 @@
+"""The project's tasks: ``nox -s SESSION``; ``nox -l`` lists them.
+
+All sessions share one environment, ``.nox/shared``: frameworks are large, and installing them once is
+enough. It is made anew when ``pyproject.toml`` or ``constraints.txt`` changes. ``TOKENDYN_NOX_ENV`` names
+an environment to use as it is instead (on a GPU machine, say, one that already holds CUDA builds).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import venv
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests", "equivalence", "equivalence-selftest"]
+
+ROOT = Path(__file__).parent
+SHARED = ROOT / ".nox" / "shared"
+#: Triton's interpreter runs the GPU kernels' logic on a CPU; torch's CPU build does not bring Triton.
+INTERPRETER = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+
+
+def shared_python(session: nox.Session) -> str:
+    """The Python of the shared environment, made or renewed if need be."""
+    given = os.environ.get("TOKENDYN_NOX_ENV")
+    root = Path(given) if given else SHARED
+    python = root / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if given:
+        return str(python)
+    wanted = hashlib.sha256(
+        b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "noxfile.py"))
+        + sys.version.encode()
+    ).hexdigest()
+    stamp = root / "tokendyn-stamp"
+    if not (stamp.is_file() and stamp.read_text() == wanted):
+        shutil.rmtree(root, ignore_errors=True)
+        venv.create(root, with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        session.run(*pip, "-c", "constraints.txt", "-e", ".[all]", INTERPRETER, external=True)
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def run(session: nox.Session, *arguments: str, **variables: str) -> None:
+    """Run the shared Python with ``arguments``."""
+    environment = {"PYTHONWARNINGS": "default", "MPLBACKEND": "Agg", **variables}
+    session.run(shared_python(session), *arguments, env=environment, external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Unit, backend, experiment and reliability tests; arguments go to pytest."""
+    run(session, "-m", "pytest", "tests", "--ignore=tests/equivalence", "--durations=10", *session.posargs)
+
+
+@nox.session
+def equivalence(session: nox.Session) -> None:
+    """Every operation on every backend against the spec, and the table of the worst errors."""
+    run(session, "-m", "pytest", "tests/equivalence", *session.posargs, JAX_ENABLE_X64="1")
+
+
+@nox.session(name="equivalence-selftest")
+def equivalence_selftest(session: nox.Session) -> None:
+    """Plant faults one at a time; fail if the equivalence tests let any survive."""
+    run(session, "-m", "pytest", "tests/equivalence_selftest", *session.posargs, JAX_ENABLE_X64="1")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    run(session, "-m", "ruff", "check", ".")
+    run(session, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Pyright over the package."""
+    run(session, "-m", "pyright", "--pythonpath", shared_python(session))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, warnings as errors."""
+    run(session, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job on embedded real images: a baseline and a reordered vision Mamba, three seeds each."""
+    run(session, "-m", "tokendyn.experiments.imagenet", *session.posargs)
