@@ -1,0 +1,16 @@
+"""Hidden attention on NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tokendyn.backends.numpy.ops._arrays import expect_dtype
+from tokendyn.core import _attention as spec
+
+
+def hidden_attention(delta: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+    """See :func:`tokendyn.hidden_attention`."""
+    dtype = expect_dtype("hidden_attention", delta)
+    return spec.hidden_attention(delta, *args, **kwargs).astype(dtype)

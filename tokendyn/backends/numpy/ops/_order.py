@@ -1,0 +1,56 @@
+"""Orders of tokens on NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tokendyn.backends.numpy.ops._arrays import expect_dtype
+from tokendyn.core import _order as spec
+
+
+def importance_score(x: np.ndarray, s_delta: np.ndarray | None, k: np.ndarray) -> np.ndarray:
+    """See :func:`tokendyn.importance_score`."""
+    expect_dtype("importance_score", x)
+    return x @ (k if s_delta is None else k @ s_delta)
+
+
+def softsort(scores: np.ndarray, x: np.ndarray, **options: Any) -> np.ndarray:
+    """See :func:`tokendyn.softsort`."""
+    expect_dtype("softsort", scores)
+    return spec.softsort(scores, x, **options).astype(expect_dtype("softsort", x))
+
+
+def softsort_restore(scores: np.ndarray, y: np.ndarray, **options: Any) -> np.ndarray:
+    """See :func:`tokendyn.softsort_restore`."""
+    expect_dtype("softsort_restore", scores)
+    return spec.softsort_restore(scores, y, **options).astype(expect_dtype("softsort_restore", y))
+
+
+def softsort_matrix(scores: np.ndarray, **options: Any) -> np.ndarray:
+    """See :func:`tokendyn.softsort_matrix`."""
+    return spec.softsort_matrix(scores, **options).astype(expect_dtype("softsort_matrix", scores))
+
+
+def effective_tokens(scores: np.ndarray, **options: Any) -> np.ndarray:
+    """See :func:`tokendyn.effective_tokens`."""
+    return spec.effective_tokens(scores, **options).astype(expect_dtype("effective_tokens", scores))
+
+
+def hard_order(scores: np.ndarray, *, ascending: bool = True) -> np.ndarray:
+    """See :func:`tokendyn.hard_order`."""
+    expect_dtype("hard_order", scores)
+    return np.argsort(scores if ascending else -scores, axis=1, kind="stable")
+
+
+def take_tokens(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """See :func:`tokendyn.take_tokens`."""
+    return np.take_along_axis(x, indices[:, :, None], axis=1)
+
+
+def put_tokens(y: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """See :func:`tokendyn.put_tokens`."""
+    out = np.empty_like(y)
+    np.put_along_axis(out, indices[:, :, None], y, axis=1)
+    return out
