@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 HALF_FACTOR = 2.0
 HALF_EPS = 4.0
+#: A gradient's worst token may err this much more than its norm, as for values.
+GRADIENT_WORST_TOKEN = 10.0
 
 
 @dataclass(frozen=True)

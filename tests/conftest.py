@@ -1,0 +1,40 @@
+"""Set-up common to all tests: JAX with float64, one thread, the same examples on every run."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+# The float64 columns need JAX's x64 mode. It is a switch of the process, read when jax is imported; the library
+# never touches it, so the test session turns it on here, before anything else can import jax.
+if "jax" in sys.modules and not sys.modules["jax"].config.jax_enable_x64:
+    raise pytest.UsageError(
+        "jax was imported without x64 before the tests' conftest could ask for it; "
+        "set JAX_ENABLE_X64=1 in the environment of this run"
+    )
+os.environ["JAX_ENABLE_X64"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from hypothesis import settings
+
+settings.register_profile("tokendyn", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.load_profile("tokendyn")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backends",
+        default="numpy,torch,jax",
+        help="the backends that the equivalence tests run, by commas; those left out are not missed",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the backend that another test, or the caller's environment, chose."""
+    from tokendyn import _dispatch
+
+    monkeypatch.setattr(_dispatch, "_process_default", None)
+    monkeypatch.delenv("TOKENDYN_BACKEND", raising=False)

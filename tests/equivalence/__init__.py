@@ -1,0 +1,6 @@
+"""Every operation, on every backend, against the spec.
+
+``subjects`` says what there is to compare, ``cases`` on which arguments, ``frameworks`` how each backend is run and
+differentiated, ``compare`` what counts as equal, ``check`` puts them together and is what the self-test plants its
+faults into. To cover a new operation: one row in ``subjects.SUBJECTS`` and one generator in ``cases``.
+"""

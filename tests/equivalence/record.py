@@ -1,0 +1,69 @@
+"""How many comparisons ran and how large the errors were; the table printed at the end of a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .check import Measured
+from .subjects import SUBJECTS
+
+
+@dataclass
+class Row:
+    """The worst errors of one operation on one backend in one dtype."""
+
+    values: float = 0.0
+    worst_token: float = 0.0
+    gradients: float = 0.0
+    comparisons: int = 0
+    gradient_comparisons: int = 0
+
+
+@dataclass
+class Record:
+    """All comparisons of a session."""
+
+    rows: dict[tuple[str, str, str], Row] = field(default_factory=dict)
+
+    def add(self, subject: str, backend: str, dtype: str, measured: list[Measured]) -> None:
+        row = self.rows.setdefault((subject, backend, dtype), Row())
+        for one in measured:
+            row.comparisons += 1
+            if one.gradient:
+                row.gradient_comparisons += 1
+                row.gradients = max(row.gradients, one.errors.normwise)
+            else:
+                row.values = max(row.values, one.errors.normwise)
+                row.worst_token = max(row.worst_token, one.errors.worst_token)
+
+    @property
+    def comparisons(self) -> int:
+        return sum(row.comparisons for row in self.rows.values())
+
+    def missing(self, backends: tuple[str, ...]) -> list[str]:
+        """Operations and backends of which nothing was compared, or no gradient where there is one."""
+        found = []
+        for name, subject in SUBJECTS.items():
+            for backend in subject.backends:
+                if backend not in backends:
+                    continue
+                rows = [row for key, row in self.rows.items() if key[:2] == (name, backend)]
+                if not sum(row.comparisons for row in rows):
+                    found.append(f"{name} on {backend}")
+                elif subject.differentiable and backend != "numpy" and not sum(r.gradient_comparisons for r in rows):
+                    found.append(f"gradients of {name} on {backend}")
+        return found
+
+    def table(self) -> list[str]:
+        lines = [
+            f"{'operation':<18}{'backend':<9}{'dtype':<10}{'normwise':>10}{'worst token':>13}{'gradients':>11}"
+            f"{'comparisons':>13}"
+        ]
+        order = list(SUBJECTS)
+        for (name, backend, dtype), row in sorted(self.rows.items(), key=lambda item: order.index(item[0][0])):
+            gradients = f"{row.gradients:.1e}" if row.gradient_comparisons else "-"
+            lines.append(
+                f"{name:<18}{backend:<9}{dtype:<10}{row.values:>10.1e}{row.worst_token:>13.1e}{gradients:>11}"
+                f"{row.comparisons:>13}"
+            )
+        return lines
