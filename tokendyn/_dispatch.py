@@ -102,7 +102,14 @@ def load_backend(name: str) -> ModuleType:
                 f"backend {name!r}: the package {backend.package!r} is installed but fails to import "
                 f"({type(cause).__name__}: {cause}); reinstall it, or choose another backend"
             ) from cause
-    return importlib.import_module(f"tokendyn.backends.{name}.ops")
+    # Import statements, because torch.compile traces through these and not through importlib.
+    if name == "torch":
+        from tokendyn.backends.torch import ops
+    elif name == "jax":
+        from tokendyn.backends.jax import ops
+    else:
+        from tokendyn.backends.numpy import ops
+    return ops
 
 
 def use(name: str) -> None:
@@ -218,20 +225,14 @@ def backend_of(operation: str, arrays: Mapping[str, object], expected: str | Non
     return first_kind
 
 
-_implementations: dict[tuple[str, str], Callable[..., Any]] = {}
-
-
 def implementation(operation: str, backends: tuple[str, ...], name: str) -> Callable[..., Any]:
-    """The function that implements ``operation`` on backend ``name``, imported when first needed."""
-    found = _implementations.get((operation, name))
-    if found is None:
-        if name not in backends:
-            raise NotImplementedForBackend(
-                f"{operation} is not implemented for {name}; it is for {', '.join(backends)}"
-            )
-        found = getattr(load_backend(name), operation)
-        _implementations[operation, name] = found
-    return found
+    """The function that implements ``operation`` on backend ``name``.
+
+    Nothing is kept between calls: a cache filled while torch.compile traces would make it trace again.
+    """
+    if name not in backends:
+        raise NotImplementedForBackend(f"{operation} is not implemented for {name}; it is for {', '.join(backends)}")
+    return getattr(load_backend(name), operation)
 
 
 def bind(function: Callable[P, R], name: str) -> Callable[P, R]:
