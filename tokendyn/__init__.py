@@ -15,6 +15,7 @@ from tokendyn._dispatch import backend, use
 if TYPE_CHECKING:
     from tokendyn import core, errors, jax, torch
     from tokendyn._inputs import random_inputs
+    from tokendyn._layers import OrderConfig
     from tokendyn._operations import (
         IOSpectrum,
         effective_tokens,
@@ -56,6 +57,7 @@ _LAZY = {
         "tokendyn._operations",
     ),
     "Order": "tokendyn._order",
+    "OrderConfig": "tokendyn._layers",
     "random_inputs": "tokendyn._inputs",
 }
 _MODULES = ("core", "errors", "jax", "torch")
@@ -67,6 +69,7 @@ __all__ = [
     "Mamba",
     "MambaVision",
     "Order",
+    "OrderConfig",
     "TokenReorder",
     "__version__",
     "backend",

@@ -122,6 +122,19 @@ def expect_positive(operation: str, name: str, value: object) -> None:
         raise OptionError(f"{operation}: {name} is {value!r}, expected a finite number above 0")
 
 
+def expect_number(operation: str, name: str, value: object) -> None:
+    """``value`` is a finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise OptionError(f"{operation}: {name} is {value!r}, expected a finite number")
+
+
+def expect_size(operation: str, name: str, value: object) -> int:
+    """``value`` is a Python int of at least 1; it is returned."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{operation}: {name} is {value!r}, expected an integer of at least 1")
+    return value
+
+
 def concrete(array: Any, *, synchronize: bool) -> Any:
     """``array``'s values as a NumPy array, or None where they cannot be seen.
 

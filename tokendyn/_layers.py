@@ -1,12 +1,14 @@
-"""Layer and model constructors that follow the chosen backend (rules 3 to 6 of ``_dispatch``)."""
+"""What the layers of every backend share: the constructors' dispatch and the configuration of an order."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
+from tokendyn import _checks as check
 from tokendyn._dispatch import current_backend, load_backend
-from tokendyn.errors import NotImplementedForBackend
+from tokendyn.errors import NotImplementedForBackend, OptionError
 
 #: Constructor -> the backends that have it.
 CONSTRUCTORS: dict[str, tuple[str, ...]] = {
@@ -16,6 +18,64 @@ CONSTRUCTORS: dict[str, tuple[str, ...]] = {
     "MambaVision": ("torch",),
     "mambavision_t": ("torch",),
 }
+
+OrderMethod = Literal["softsort", "hard", "straight_through", "random", "reversed"]
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """How a layer orders its tokens before mixing them, and what it does with the order afterwards.
+
+    Attributes:
+        method: ``"softsort"``, ``"hard"``, ``"straight_through"``: by the importance score (14), see
+            :func:`tokendyn.token_order`. ``"random"``: a fresh permutation of every sequence in every training
+            step, no reordering in evaluation. ``"reversed"``: last token first.
+        tau, power: temperature and exponent of SoftSort. At ``tau=1`` and the scores of a freshly made layer
+            SoftSort averages nearly all tokens instead of sorting them; look at it with ``record_orders``, and use
+            ``normalize``, a smaller ``tau`` or another method to get an order.
+        ascending: smallest score first (paper 1).
+        normalize: bring the scores of every sequence to unit standard deviation first, so that ``tau`` has the same
+            meaning whatever their scale.
+        restore: undo the order after the scan, before the result meets anything in the original order. With False
+            the result stays sorted while the residual stream does not, as in the published code.
+        reorder_gate: without ``restore``, bring the gate into the same order as the scan's output; with False the
+            sorted output meets the gate of other tokens, as in the published code.
+
+    Raises:
+        OptionError: an unknown method, a temperature or power that is not above 0, or ``reorder_gate`` with
+            ``restore``, which would sort the gate against an output that is sorted no longer.
+    """
+
+    method: OrderMethod = "softsort"
+    tau: float = 1.0
+    power: float = 1.0
+    ascending: bool = True
+    normalize: bool = False
+    restore: bool = True
+    reorder_gate: bool = False
+
+    def __post_init__(self) -> None:
+        check.expect_choice("OrderConfig", "method", self.method, get_args(OrderMethod))
+        check.expect_positive("OrderConfig", "tau", self.tau)
+        check.expect_positive("OrderConfig", "power", self.power)
+        if self.restore and self.reorder_gate:
+            raise OptionError(
+                "OrderConfig: restore and reorder_gate are both True; with the order undone the gate is in place as it "
+                "is, set one of the two"
+            )
+
+    @classmethod
+    def published(cls) -> OrderConfig:
+        """As in paper 1's public code: SoftSort at temperature 1, soft, not undone, the gate left unsorted."""
+        return cls(method="softsort", tau=1.0, power=1.0, restore=False, reorder_gate=False)
+
+    @classmethod
+    def of(cls, value: OrderConfig | str | None) -> OrderConfig | None:
+        """``value`` as a layer's ``order=`` takes it: a configuration, ``"published"``, a method's name, or None."""
+        if value is None or isinstance(value, cls):
+            return value
+        check.expect_choice("order", "the name given", value, ("published", *get_args(OrderMethod)))
+        return cls.published() if value == "published" else cls(method=value)  # type: ignore[arg-type]
 
 
 def construct(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,19 @@ from tokendyn._dispatch import load_backend as _load_backend
 
 _load_backend("torch")
 
+# After the check that torch can be imported, which has the clearer message.
+from tokendyn._layers import OrderConfig  # noqa: E402
+from tokendyn.backends.torch.layers import (  # noqa: E402
+    S6,
+    Mamba,
+    OrderRecord,
+    TokenOrdering,
+    TokenReorder,
+    record_orders,
+)
+from tokendyn.torch import models  # noqa: E402
+from tokendyn.torch.models import MambaVision, mambavision_t  # noqa: E402
+
 effective_tokens = _bind(_ops.effective_tokens, "torch")
 hard_order = _bind(_ops.hard_order, "torch")
 hidden_attention = _bind(_ops.hidden_attention, "torch")
@@ -23,13 +36,23 @@ take_tokens = _bind(_ops.take_tokens, "torch")
 token_order = _ops.token_order
 
 __all__ = [
+    "S6",
+    "Mamba",
+    "MambaVision",
+    "OrderConfig",
+    "OrderRecord",
+    "TokenOrdering",
+    "TokenReorder",
     "effective_tokens",
     "hard_order",
     "hidden_attention",
     "importance_score",
     "io_projections",
     "io_spectrum",
+    "mambavision_t",
+    "models",
     "put_tokens",
+    "record_orders",
     "selective_scan",
     "softsort",
     "softsort_matrix",

@@ -1,0 +1,176 @@
+"""The Mamba block, with mamba-ssm's arguments and parameter names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokendyn import _checks as check
+from tokendyn._layers import OrderConfig
+from tokendyn.backends.torch.layers._ordering import expect_tokens
+from tokendyn.backends.torch.layers._s6 import S6
+from tokendyn.errors import OptionError, ShapeError
+
+
+class Mamba(S6):
+    """Mamba block: a gated selective layer behind a short causal convolution.
+
+    ::
+
+        x, z = in_proj(h);  x = silu(conv1d(x));  y = S6(x) ∘ silu(z);  out_proj(y)
+
+    A call written for ``mamba_ssm.Mamba`` runs unchanged, and its ``state_dict`` has the same names and shapes.
+
+    Args:
+        d_model: channels of input and output.
+        d_state, d_conv, expand: state size N, kernel of the convolution, d_inner = expand · d_model.
+        dt_rank: rank of S_Δ; ``"auto"`` for ⌈d_model/16⌉, None for a dense one.
+        dt_min, dt_max, dt_init, dt_scale, dt_init_floor: see :class:`S6`.
+        conv_bias, bias: biases of the convolution; of in_proj and out_proj.
+        use_fast_path: accepted for mamba-ssm's sake, without effect: the engine is the scan's choice.
+        layer_idx: key of this layer in ``inference_params.key_value_memory_dict``.
+        scalar_A, io_regime, io_form: see :class:`S6`; all but their defaults change names or shapes of parameters.
+        order: see :class:`S6`; adds the parameter ``order.K`` (d_inner,). The score (14) is taken from the convolved
+            x, the order applied to x and so to Δ, B, C, and the gate treated as the configuration says. A block that
+            orders its tokens is **not causal**, so a language model must not use it.
+        device, dtype: of the parameters; A_log, D stay in float32 where dtype is a half precision.
+
+    Shapes:
+        (b, L, d_model) → (b, L, d_model).
+
+    Raises:
+        OptionError, RegimeError, ShapeError.
+
+    Source:
+        Gu and Dao (2023), Figure 3; paper 1, Section 5.2 for the order.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str | None = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scalar_A: bool = False,
+        io_regime: str = "free",
+        io_form: str = "paper",
+        order: OrderConfig | str | None = None,
+    ) -> None:
+        check.expect_size("Mamba", "d_model", d_model)
+        check.expect_size("Mamba", "d_conv", d_conv)
+        d_inner = int(expand * d_model)
+        super().__init__(
+            d_inner,
+            d_state,
+            dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            dt_init_floor=dt_init_floor,
+            scalar_A=scalar_A,
+            io_regime=io_regime,
+            io_form=io_form,
+            order=order,
+            device=device,
+            dtype=dtype,
+        )
+        self.d_model = d_model
+        self.d_conv = d_conv
+        self.expand = expand
+        self.use_fast_path = use_fast_path
+        self.layer_idx = layer_idx
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, **options)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias, **options)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **options)
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
+        """(b, L, d_model) → (b, L, d_model).
+
+        Args:
+            hidden_states: tokens.
+            inference_params: mamba-ssm's cache (``seqlen_offset``, ``key_value_memory_dict``), for decoding token by
+                token after a prompt; refused by a block that orders its tokens.
+        """
+        expect_tokens("Mamba", hidden_states, self.d_model)
+        if inference_params is not None:
+            return self._decode(hidden_states, inference_params)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x = F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+        order = self.token_order(x)
+        if order is None or self.order is None:
+            return self.out_proj(self.scan(x, z))
+        x = order.apply(x)
+        if self.order.config.restore:
+            return self.out_proj(order.restore(self.scan(x)) * F.silu(z))
+        if self.order.config.reorder_gate:
+            z = order.apply(z)
+        return self.out_proj(self.scan(x, z))
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Empty states for decoding: (b, d_inner, d_conv) of the convolution and (b, d_inner, N) of the scan.
+
+        ``max_seqlen`` is accepted for mamba-ssm's sake; the states do not grow. The scan's state is kept in float32
+        where ``dtype`` is a half precision.
+        """
+        weight = self.conv1d.weight
+        dtype = dtype or weight.dtype
+        return (
+            weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype),
+            weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=torch.promote_types(dtype, torch.float32)),
+        )
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token: (b, 1, d_model) → (b, 1, d_model). The two states are advanced in place and returned."""
+        if hidden_states.shape[1] != 1:
+            raise ShapeError(
+                f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected one token (b, 1, D); "
+                f"call forward for a whole prompt"
+            )
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
+        x = F.silu(F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner)).mT
+        y, state = self.scan(x, z, initial_state=ssm_state, return_last_state=True)
+        ssm_state.copy_(state)
+        return self.out_proj(y), conv_state, ssm_state
+
+    def _decode(self, hidden_states: Tensor, inference_params: Any) -> Tensor:
+        if self.order is not None:
+            raise OptionError(
+                "Mamba: inference_params was given to a block with order=; an order needs the whole sequence and "
+                "cannot be decoded token by token, call without inference_params"
+            )
+        if self.layer_idx is None:
+            raise OptionError("Mamba: inference_params was given but layer_idx is None; construct with layer_idx=")
+        cache = inference_params.key_value_memory_dict
+        if self.layer_idx not in cache:
+            cache[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], 0)
+        conv_state, ssm_state = cache[self.layer_idx]
+        if inference_params.seqlen_offset > 0:
+            return self.step(hidden_states, conv_state, ssm_state)[0]
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
+        x = F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+        y, state = self.scan(x, z, return_last_state=True)
+        ssm_state.copy_(state)
+        return self.out_proj(y)

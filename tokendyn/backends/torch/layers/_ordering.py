@@ -1,0 +1,223 @@
+"""How a mixer orders its tokens: one module a way, found by ``OrderConfig.method``.
+
+A mixer asks ``self.order(x, *s_delta)`` for an :class:`~tokendyn.Order` (or None: leave the tokens as they are) and
+applies it to what the configuration says. It knows nothing else of the way, so a new one is a subclass of
+:class:`TokenOrdering` and a row of ``METHODS``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokendyn import _checks as check
+from tokendyn import _operations as ops
+from tokendyn._layers import OrderConfig
+from tokendyn._order import Order
+
+
+class TokenOrdering(nn.Module):
+    """Base of all ways to order tokens; ``forward(x, *s_delta) -> Order | None``.
+
+    Args of ``forward``:
+        x: (b, L, d) the tokens to be ordered.
+        s_delta: factors of S_Δ, left to right, the last one (·, d); none for mixers without a step size.
+
+    Attributes:
+        config: the :class:`~tokendyn.OrderConfig`; mixers read ``restore`` and ``reorder_gate`` from it.
+    """
+
+    def __init__(self, config: OrderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor, *s_delta: Tensor) -> Order | None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return str(self.config)
+
+
+class ScoreOrdering(TokenOrdering):
+    """By the importance score ``s_l = (S_Δ x_l)ᵀ K``, computed as ``⟨(Kᵀ S_Δ)ᵀ, x_l⟩``: one vector, one product.
+
+    Scores are made in float32 at least, also under autocast.
+
+    Args:
+        config: the order wanted.
+        width: length of K, the number of rows of S_Δ.
+
+    Attributes:
+        K: (width,) the learnable direction, drawn from a normal of deviation 0.02 like the published one.
+        tau: temperature, ``config.tau`` at first. Set it at any time: ``layer.order.tau = 0.1``. It is part of the
+            configuration and not of the ``state_dict``; a schedule sets it from its own step.
+
+    Source:
+        Paper 1, Eq. (14).
+    """
+
+    def __init__(
+        self,
+        config: OrderConfig,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.tau = config.tau
+        self.K = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.K, std=0.02)
+
+    def forward(self, x: Tensor, *s_delta: Tensor) -> Order:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            direction = self.K.to(dtype)
+            for factor in s_delta:
+                direction = direction @ factor.to(dtype)
+            scores = ops.importance_score(x.to(dtype), None, direction)
+            if self.config.normalize:
+                scores = unit_deviation(scores)
+        return ops.token_order(
+            scores, self.config.method, tau=self.tau, power=self.config.power, ascending=self.config.ascending
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, tau={self.tau}"
+
+
+class RandomOrdering(TokenOrdering):
+    """A fresh uniform permutation of every sequence in every training step; none in evaluation.
+
+    Drawn from torch's generator of the tokens' device.
+    """
+
+    def __init__(self, config: OrderConfig, width: int, **_: object) -> None:
+        super().__init__(config)
+
+    def forward(self, x: Tensor, *s_delta: Tensor) -> Order | None:
+        if not self.training:
+            return None
+        return ops.token_order(torch.rand(x.shape[:2], device=x.device), "hard")
+
+
+class ReversedOrdering(TokenOrdering):
+    """Last token first."""
+
+    def __init__(self, config: OrderConfig, width: int, **_: object) -> None:
+        super().__init__(config)
+
+    def forward(self, x: Tensor, *s_delta: Tensor) -> Order:
+        places = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+        return ops.token_order(places.expand(x.shape[:2]), "hard", ascending=False)
+
+
+METHODS: dict[str, type[ScoreOrdering] | type[RandomOrdering] | type[ReversedOrdering]] = {
+    "softsort": ScoreOrdering,
+    "hard": ScoreOrdering,
+    "straight_through": ScoreOrdering,
+    "random": RandomOrdering,
+    "reversed": ReversedOrdering,
+}
+
+
+def make_ordering(
+    order: OrderConfig | str | None,
+    width: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TokenOrdering | None:
+    """The module for a layer's ``order=`` argument; None for None. ``width``: rows of S_Δ."""
+    config = OrderConfig.of(order)
+    return None if config is None else METHODS[config.method](config, width, device=device, dtype=dtype)
+
+
+def unit_deviation(scores: Tensor) -> Tensor:
+    """Scores (b, L) moved to mean 0 and standard deviation 1 in every sequence.
+
+    Where a sequence's scores differ by no more than rounding, as on a uniform image, they are centred only: no noise is
+    blown up into an order, and value and gradient stay finite.
+    """
+    centred = scores - scores.mean(dim=1, keepdim=True)
+    variance = centred.square().mean(dim=1, keepdim=True)
+    with torch.no_grad():
+        rounding = 8 * torch.finfo(scores.dtype).eps * scores.abs().amax(dim=1, keepdim=True)
+        spread = variance > rounding.square()
+    # The inner `where` keeps the square root's infinite derivative at 0 out of the gradient.
+    deviation = torch.where(spread, variance, 1.0).sqrt()
+    return centred / deviation
+
+
+@dataclass(frozen=True, eq=False)
+class OrderRecord:
+    """What one ordering did in one forward pass; made by :func:`record_orders`.
+
+    Attributes:
+        order: the :class:`~tokendyn.Order`, detached.
+        effective_tokens: (b, L) how many tokens each sorted place averages: 1 for a permutation.
+        variance_kept: (b,) variance of the ordered tokens over that of the tokens, each over the sequence and summed
+            over channels: 1 for a permutation, 0 when all places hold the same mean; 1 where there was none to keep.
+    """
+
+    order: Order
+    effective_tokens: Tensor
+    variance_kept: Tensor
+
+
+@contextlib.contextmanager
+def record_orders(model: nn.Module) -> Iterator[dict[str, list[OrderRecord]]]:
+    """Record what every ordering inside ``model`` does, without changing a forward pass.
+
+    >>> with record_orders(model) as orders:
+    ...     model(images)
+    >>> orders["levels.2.blocks.0.mixer.order"][0].effective_tokens
+
+    Args:
+        model: any module.
+
+    Yields:
+        By the module's name, one :class:`OrderRecord` a forward pass that ordered anything.
+    """
+    records: dict[str, list[OrderRecord]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, TokenOrdering):
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], order: Order | None, name: str = name) -> None:
+                if order is not None:
+                    records[name].append(_record(args[0], order))
+
+            records[name] = []
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _record(x: Tensor, order: Order) -> OrderRecord:
+    scores = order.scores.detach()
+    detached = Order(scores, order.indices, order.method, order.tau, order.power, order.ascending)
+    if order.method == "softsort":
+        effective = ops.effective_tokens(scores, tau=order.tau, power=order.power, ascending=order.ascending)
+    else:
+        effective = torch.ones_like(scores)
+    before = x.to(scores.dtype)
+    after = detached.apply(before)
+    variances = [tokens.var(dim=1, correction=0).sum(dim=1) for tokens in (before, after)]
+    kept = torch.where(variances[0] > 0, variances[1] / variances[0], 1.0)
+    return OrderRecord(detached, effective, kept)
+
+
+def expect_tokens(layer: str, x: Tensor, width: int) -> None:
+    """``x`` is (b, L, D) with D = ``width``."""
+    shapes = check.Shapes(layer)
+    shapes.sizes["D"] = width
+    shapes.expect("x", x, "b L D")

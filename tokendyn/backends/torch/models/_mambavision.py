@@ -1,0 +1,267 @@
+"""MambaVision: a hybrid of convolutions, selective mixers and window attention for images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendyn import _checks as check
+from tokendyn._layers import OrderConfig
+from tokendyn.backends.torch.models._mambavision_blocks import (
+    Attention,
+    ConvBlock,
+    Downsample,
+    MixerBlock,
+    Stage,
+    Stem,
+)
+from tokendyn.backends.torch.models._mambavision_mixer import PARITIES, MambaVisionMixer
+from tokendyn.errors import OptionError, ShapeError
+
+
+class MambaVision(nn.Module):
+    """MambaVision: a stem, two stages of convolution blocks, two of selective mixers followed by window attention.
+
+    In stages 3 and 4 the first half of the blocks (the larger half of an odd number) holds selective mixers, the rest
+    attention. The defaults are MambaVision-T; names and shapes of its parameters are the public model's.
+
+    Args:
+        dims: width of the four stages.
+        in_dim: width inside the stem.
+        depths: blocks of the four stages.
+        num_heads: heads of the attention in stages 3 and 4.
+        window_size: side of the windows in stages 3 and 4; its square is the number of tokens that are mixed, and
+            reordered, together.
+        stem_stride: 4, 2 or 1.
+        downsample: halve the resolution after stages 1, 2, 3; where False the width still changes.
+        mlp_ratio, drop_rate, attn_drop_rate: hidden width of the MLPs over the stage's width; dropout.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        in_chans, num_classes: channels of the image; outputs, 0 for the pooled features themselves.
+        qkv_bias, qk_norm, layer_scale, layer_scale_conv: as in the public model.
+        d_state, d_conv, expand, conv_bias: of the mixers, see
+            :class:`~tokendyn.torch.models.MambaVisionMixer`. The public model says ``conv_bias=True`` and, through an
+            integer division, has none; here False means none.
+        io_regime, io_form: see :class:`~tokendyn.torch.S6`.
+        order: reorder tokens in the mixers of ``order_blocks``: an :class:`~tokendyn.OrderConfig`, ``"published"``, a
+            method's name, or None. Orders by score add one parameter ``mixer.order.K`` each: 160 + 320 numbers in
+            MambaVision-T.
+        order_blocks: which blocks of stages 3 and 4 reorder; each a selective mixer.
+        parity: ``"clean"``, or ``"published"`` for the public model's quirks: the bias of Δ counts twice, and the
+            initialisation of all linear layers also overwrites Mamba's start of ``dt_proj`` (bias 0, so Δ starts at
+            0.69 instead of 0.001 ... 0.1). Names and shapes are the same in both. Public weights want
+            ``parity="published"``, or clean with ``dt_proj.bias`` doubled.
+
+    Shapes:
+        (b, in_chans, H, W) → (b, num_classes). H and W need not divide by anything. ``channels_last`` images stay so
+        throughout, and their windows are made without a copy where one window covers the image.
+
+    Raises:
+        OptionError, RegimeError, ShapeError.
+
+    Source:
+        Hatamizadeh and Kautz (2024), arXiv 2407.08083; reordering: paper 1, Section 5.2.
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: tuple[int, int, int, int] = (80, 160, 320, 640),
+        in_dim: int = 32,
+        depths: tuple[int, int, int, int] = (1, 3, 8, 4),
+        num_heads: tuple[int, int] = (8, 16),
+        window_size: tuple[int, int] = (14, 7),
+        stem_stride: int = 4,
+        downsample: tuple[bool, bool, bool] = (True, True, True),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        layer_scale: float | None = None,
+        layer_scale_conv: float | None = None,
+        d_state: int = 8,
+        d_conv: int = 3,
+        expand: float = 1,
+        conv_bias: bool = False,
+        io_regime: str = "free",
+        io_form: str = "paper",
+        order: OrderConfig | str | None = None,
+        order_blocks: tuple[int, ...] = (0,),
+        parity: str = "clean",
+    ) -> None:
+        super().__init__()
+        check.expect_choice("MambaVision", "parity", parity, PARITIES)
+        for name, values, count in (
+            ("dims", dims, 4),
+            ("depths", depths, 4),
+            ("num_heads", num_heads, 2),
+            ("window_size", window_size, 2),
+            ("downsample", downsample, 3),
+        ):
+            if len(values) != count:
+                raise OptionError(f"MambaVision: {name} is {values!r}, expected {count} values")
+        for name, values in (("dims", dims), ("depths", depths), ("window_size", window_size)):
+            for value in values:
+                check.expect_size("MambaVision", f"an entry of {name}", value)
+        selective = tuple((depth + 1) // 2 for depth in depths[2:])
+        for block in order_blocks if order is not None else ():
+            if not 0 <= block < min(selective):
+                raise OptionError(
+                    f"MambaVision: order_blocks holds {block}, expected indices of selective mixers: with depths = "
+                    f"{tuple(depths)} these are 0 to {min(selective) - 1}"
+                )
+        if not 0 <= drop_path_rate < 1:
+            raise OptionError(f"MambaVision: drop_path_rate is {drop_path_rate!r}, expected 0 <= rate < 1")
+
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.parity = parity
+        self.patch_embed = Stem(in_chans, in_dim, dims[0], stem_stride)
+        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.levels = nn.ModuleList()
+        for stage in range(4):
+            width, blocks = dims[stage], []
+            for index in range(depths[stage]):
+                if stage < 2:
+                    blocks.append(ConvBlock(width, next(drop_path), layer_scale_conv))
+                    continue
+                if index < selective[stage - 2]:
+                    mixer: nn.Module = MambaVisionMixer(
+                        width,
+                        d_state,
+                        d_conv,
+                        expand,
+                        conv_bias=conv_bias,
+                        io_regime=io_regime,
+                        io_form=io_form,
+                        order=order if index in order_blocks else None,
+                        parity=parity,
+                    )
+                else:
+                    mixer = Attention(
+                        width,
+                        num_heads[stage - 2],
+                        qkv_bias=qkv_bias,
+                        qk_norm=qk_norm,
+                        attn_drop=attn_drop_rate,
+                        proj_drop=drop_rate,
+                    )
+                blocks.append(
+                    MixerBlock(
+                        mixer,
+                        width,
+                        mlp_ratio=mlp_ratio,
+                        drop=drop_rate,
+                        drop_path=next(drop_path),
+                        layer_scale=layer_scale,
+                    )
+                )
+            to_next = Downsample(width, dims[stage + 1], 2 if downsample[stage] else 1) if stage < 3 else None
+            self.levels.append(Stage(blocks, to_next, None if stage < 2 else window_size[stage - 2]))
+        self.norm = nn.BatchNorm2d(dims[3])
+        self.head = nn.Linear(dims[3], num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Linear layers start at a truncated normal of deviation 0.02 and bias 0; in clean parity not ``dt_proj``."""
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and (name != "dt_proj" or self.parity == "published"):
+                nn.init.trunc_normal_(child.weight, std=0.02)
+                if child.bias is not None:
+                    nn.init.zeros_(child.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(b, in_chans, H, W) → (b, dims[3]): the pooled features before the head.
+
+        Raises:
+            ShapeError: x is no batch of images with ``in_chans`` channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ShapeError(
+                f"MambaVision: the input has shape {tuple(x.shape)}, expected (b, {self.in_chans}, H, W); a model for "
+                f"other images is made with in_chans="
+            )
+        x = self.patch_embed(x)
+        for level in self.levels:
+            x = level(x)
+        return self.norm(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, in_chans, H, W) → (b, num_classes)."""
+        return self.head(self.forward_features(x))
+
+
+def mambavision_t(**options: Any) -> MambaVision:
+    """MambaVision-T for 224 x 224 images: 31,794,248 parameters, 480 more with an order by score.
+
+    Args:
+        options: arguments of :class:`MambaVision`, such as ``order="published"``, ``parity="published"``.
+
+    Source:
+        Hatamizadeh and Kautz (2024), Table 1; paper 1, Tables 3 and 8.
+    """
+    return MambaVision(**options)
+
+
+def mambavision_16px(**options: Any) -> MambaVision:
+    """A MambaVision for 16 x 16 images that trains on a CPU; stages 3 and 4 see all 8 x 8 = 64 places at once.
+
+    Args:
+        options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
+    """
+    return _sized(
+        options,
+        dims=(16, 24, 48, 64),
+        in_dim=16,
+        depths=(1, 1, 2, 2),
+        num_heads=(3, 4),
+        window_size=(8, 8),
+        stem_stride=2,
+        downsample=(False, False, False),
+        mlp_ratio=2.0,
+    )
+
+
+def mambavision_32px(**options: Any) -> MambaVision:
+    """A MambaVision for 32 x 32 images (CIFAR); stages 3 and 4 see all 8 x 8 = 64 places at once.
+
+    Args:
+        options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
+    """
+    return _sized(
+        options,
+        dims=(48, 96, 192, 256),
+        in_dim=32,
+        depths=(1, 2, 4, 2),
+        num_heads=(6, 8),
+        window_size=(8, 8),
+        stem_stride=1,
+        downsample=(True, True, False),
+    )
+
+
+def mambavision_64px(**options: Any) -> MambaVision:
+    """A MambaVision for 64 x 64 images (Imagenette); stages 3 and 4 see all 8 x 8 = 64 places at once.
+
+    Args:
+        options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
+    """
+    return _sized(
+        options,
+        dims=(48, 96, 192, 384),
+        in_dim=32,
+        depths=(1, 2, 4, 2),
+        num_heads=(6, 12),
+        window_size=(8, 8),
+        stem_stride=2,
+        downsample=(True, True, False),
+    )
+
+
+def _sized(options: dict[str, Any], **sizes: Any) -> MambaVision:
+    return MambaVision(**{"num_classes": 10, "drop_path_rate": 0.0, **sizes, **options})
