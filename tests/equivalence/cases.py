@@ -231,8 +231,8 @@ def initial(rng: Rng, b: int, L: int) -> np.ndarray:
 
 
 def far_apart(rng: Rng, b: int, L: int) -> np.ndarray:
-    """So far apart that most weights underflow; some pairs close, so that something is left to see."""
-    return 1e3 * rng.standard_normal((b, L)).round(1) + 0.1 * rng.standard_normal((b, L))
+    """So far apart that most weights are 0 in float64 too; some pairs close, so that something is left to see."""
+    return 1e4 * rng.standard_normal((b, L)).round(1) + 0.1 * rng.standard_normal((b, L))
 
 
 def sorted_already(rng: Rng, b: int, L: int) -> np.ndarray:
@@ -319,8 +319,8 @@ def importance_score() -> Iterator[Case]:
         return Case("importance_score", name, arguments, **more)
 
     yield case("one of everything", 1, 1, 1, 1)
-    yield case("L=2", 2, 2, 5, 3, dtypes=ALL)
-    yield case("L=63", 2, 63, 5, 5)
+    yield case("L=2", 2, 2, 5, 3)
+    yield case("L=63", 2, 63, 5, 5, dtypes=ALL)
     yield case("L=197", 1, 197, 19, 17)
     yield case("low rank", 2, 7, 16, 2, dtypes=ALL)
     yield case("wide", 2, 7, 2, 16)

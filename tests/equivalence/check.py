@@ -13,7 +13,7 @@ import numpy as np
 from tokendyn._checks import HALVES
 from tokendyn._tolerances import GRADIENT_WORST_TOKEN, HALF_EPS, HALF_FACTOR, tolerance
 
-from .compare import Bound, Errors, Mismatch, compare, normwise, worst_token
+from .compare import Bound, Errors, Mismatch, Outcome, compare, normwise, worst_token
 from .frameworks import FRAMEWORKS, Implementation, as_tuple, implementation_of, rounded
 from .subjects import SUBJECTS, Subject, axes
 
@@ -146,38 +146,50 @@ def check(case: Case, backend: str, dtype: str, implementation: Implementation |
         Mismatch: the first comparison that fails.
     """
     subject = SUBJECTS[case.subject]
-    framework = FRAMEWORKS[backend]
     implementation = implementation or implementation_of(subject.name, subject.call, backend)
-    want = reference(case, dtype)
+    return compare_all(case.id, subject, backend, dtype, implementation, reference(case, dtype), strided=case.strided)
+
+
+def compare_all(
+    label: str,
+    subject: Subject,
+    backend: str,
+    dtype: str,
+    implementation: Implementation,
+    want: Reference,
+    *,
+    strided: bool = False,
+) -> list[Measured]:
+    """Run ``implementation`` on the arguments of ``want`` and compare all that it has to say."""
+    framework = FRAMEWORKS[backend]
     arguments = {
-        name: framework.array(value, want.dtypes.get(name), strided=case.strided)
-        if isinstance(value, np.ndarray)
-        else value
+        name: framework.array(value, want.dtypes.get(name), strided=strided) if isinstance(value, np.ndarray) else value
         for name, value in want.arguments.items()
     }
     differentiates = backend != "numpy" or implementation.vjp is not None
     wrt = tuple(want.gradients) if differentiates else ()
     outputs, gradients = framework.run(implementation, arguments, wrt, want.cotangents if wrt else None)
+    label = f"{label} {backend} {dtype}"
     if len(outputs) != len(want.outputs):
-        raise Mismatch("structure", f"{case.id}: {len(outputs)} outputs, expected {', '.join(want.outputs)}")
-
+        raise Mismatch("structure", f"{label}: {len(outputs)} outputs, expected {', '.join(want.outputs)}")
     measured = []
+
+    def measure(
+        what: str, got: Outcome, expected: np.ndarray, array_dtype: str, axis: str | None, gradient: bool
+    ) -> None:
+        bound = _bound(subject, dtype, array_dtype, expected, axis, gradient=gradient)
+        errors = compare(f"{label}: {what}", got, expected, array_dtype, bound, axis)
+        measured.append(Measured(what, gradient, errors))
+
     for (name, expected), got in zip(want.outputs.items(), outputs, strict=True):
-        label = f"{case.id} {backend} {dtype}: {name}"
-        axis = axes(name, expected.ndim)
-        bound = _bound(subject, dtype, want.output_dtypes[name], expected, axis, gradient=False)
-        errors = compare(label, got, expected, want.output_dtypes[name], bound, axis)
-        measured.append(Measured(label, False, errors))
-    for name in wrt:
-        expected, got = want.gradients[name], gradients[name]
-        label = f"{case.id} {backend} {dtype}: gradient of {name}"
+        measure(name, got, expected, want.output_dtypes[name], axes(name, expected.ndim), False)
+    for name, expected in want.gradients.items() if wrt else ():
+        got = gradients[name]
         if got is None:
-            raise Mismatch("gradient missing", f"{label}: there is none")
-        axis = axes(name, expected.ndim)
-        bound = _bound(subject, dtype, want.dtypes[name], expected, axis, gradient=True)
-        measured.append(Measured(label, True, compare(label, got, expected, want.dtypes[name], bound, axis)))
+            raise Mismatch("gradient missing", f"{label}: there is no gradient of {name}")
+        measure(f"gradient of {name}", got, expected, want.dtypes[name], axes(name, expected.ndim), True)
     if not measured:
-        raise Mismatch("empty", f"{case.id} {backend} {dtype}: nothing was compared")
+        raise Mismatch("empty", f"{label}: nothing was compared")
     return measured
 
 

@@ -90,7 +90,10 @@ class NumPy:
         outcomes = tuple(_outcome(output, output) for output in outputs)
         if cotangents is None or implementation.vjp is None:
             return outcomes, {}
-        dout = tuple(g.astype(output.dtype) for g, output in zip(cotangents, outputs, strict=True))
+        dout = tuple(
+            g[..., 0] + 1j * g[..., 1] if np.iscomplexobj(output) else g.astype(output.dtype)
+            for g, output in zip(cotangents, outputs, strict=True)
+        )
         found = implementation.vjp(dout if len(dout) > 1 else dout[0], **arguments)
         return outcomes, {name: _outcome(found[name], found[name]) if name in found else None for name in wrt}
 
