@@ -22,7 +22,7 @@ class Scan(NamedTuple):
         A: (d, N).
         B, C: (b, G, N, L); channel d reads group ``group[d]``.
         group: (d,) integers.
-        D: (d,).
+        D: (d,) or None.
         z: (b, d, L) or None.
         initial_state: (b, d, N).
         starts: (b, L) booleans: the state is reset to 0 before this token.
@@ -67,9 +67,6 @@ def spread(
         B, C = B[:, None], C[:, None]
     groups, state = B.shape[1:3]
     A = np.asarray(A, np.float64)
-    starts = np.zeros((batch, length), bool)
-    if seq_idx is not None:
-        starts[:, 1:] = np.asarray(seq_idx)[:, 1:] != np.asarray(seq_idx)[:, :-1]
     return Scan(
         u=np.zeros_like(raw) if u is None else np.asarray(u, np.float64),
         raw=raw,
@@ -78,12 +75,20 @@ def spread(
         B=B,
         C=C,
         group=np.arange(d) // (d // groups),
-        D=np.zeros(d) if D is None else np.asarray(D, np.float64),
+        D=None if D is None else np.asarray(D, np.float64),
         z=None if z is None else np.asarray(z, np.float64),
         initial_state=(np.zeros((batch, d, state)) if initial_state is None else np.asarray(initial_state, np.float64)),
-        starts=starts,
+        starts=sequence_starts(seq_idx, batch, length),
         lengths=np.full(batch, length) if lengths is None else np.asarray(lengths).astype(np.int64),
     )
+
+
+def sequence_starts(seq_idx: Any, batch: int, length: int) -> np.ndarray:
+    """(b, L) booleans: a packed sequence begins at this token, and the state before it is not its own."""
+    starts = np.zeros((batch, length), bool)
+    if seq_idx is not None:
+        starts[:, 1:] = np.asarray(seq_idx)[:, 1:] != np.asarray(seq_idx)[:, :-1]
+    return starts
 
 
 def selective_scan(
@@ -114,7 +119,9 @@ def selective_scan(
                 h = np.zeros_like(h)
             step = s.step[b, d, l]
             h = np.exp(step * s.A[d]) * h + step * s.B[b, g, :, l] * s.u[b, d, l]  # (1), (2)
-            y[b, d, l] = s.C[b, g, :, l] @ h + s.D[d] * s.u[b, d, l]  # (1)
+            y[b, d, l] = s.C[b, g, :, l] @ h  # (1)
+            if s.D is not None:
+                y[b, d, l] += s.D[d] * s.u[b, d, l]
             if s.z is not None:
                 y[b, d, l] *= silu(s.z[b, d, l])
         last_state[b, d] = h
@@ -157,7 +164,7 @@ def selective_scan_vjp(
     s = spread(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, lengths)
     dy = np.zeros_like(s.u) if dy is None else np.asarray(dy, np.float64)
     du, draw, dz = np.zeros_like(s.u), np.zeros_like(s.u), np.zeros_like(s.u)
-    dA, dB, dC, dD = np.zeros(s.A.shape), np.zeros_like(s.B), np.zeros_like(s.C), np.zeros_like(s.D)
+    dA, dB, dC, dD = np.zeros(s.A.shape), np.zeros_like(s.B), np.zeros_like(s.C), np.zeros(len(s.A))
     dinitial = np.zeros_like(s.initial_state)
     for b, d in np.ndindex(s.u.shape[:2]):
         g = s.group[d]
@@ -169,15 +176,18 @@ def selective_scan_vjp(
             decay = np.exp(step * s.A[d])
             dout_l = dy[b, d, l]
             if s.z is not None:
-                dz[b, d, l] = dout_l * (C_l @ after[l] + s.D[d] * x) * silu_derivative(s.z[b, d, l])
+                ungated = C_l @ after[l] + (0.0 if s.D is None else s.D[d] * x)
+                dz[b, d, l] = dout_l * ungated * silu_derivative(s.z[b, d, l])
                 dout_l = dout_l * silu(s.z[b, d, l])
             G = dout_l * C_l + G
             dC[b, g, :, l] += dout_l * after[l]
             dB[b, g, :, l] += step * x * G
             draw[b, d, l] = G @ (s.A[d] * decay * before[l] + x * B_l)
             dA[d] += step * decay * before[l] * G
-            du[b, d, l] = step * (G @ B_l) + s.D[d] * dout_l
-            dD[d] += dout_l * x
+            du[b, d, l] = step * (G @ B_l)
+            if s.D is not None:
+                du[b, d, l] += s.D[d] * dout_l
+                dD[d] += dout_l * x
             G = np.zeros_like(G) if s.starts[b, l] else decay * G
         dinitial[b, d] = G
     if delta_softplus:
