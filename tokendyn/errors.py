@@ -11,6 +11,7 @@ __all__ = [
     "BackendError",
     "BackendMissing",
     "BackendUnknown",
+    "CheckpointError",
     "DTypeError",
     "DataError",
     "EngineError",
@@ -49,6 +50,10 @@ class RegimeError(TokendynError, ValueError):
 
 class DataError(TokendynError, ValueError):
     """A data set, file or folder cannot be used as given."""
+
+
+class CheckpointError(TokendynError, ValueError):
+    """A checkpoint or run folder is damaged, of an unsafe format, or does not belong to this run."""
 
 
 class EngineError(TokendynError, RuntimeError):

@@ -1,0 +1,67 @@
+"""AdamW with its no-decay rule, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokendyn.errors import CheckpointError
+from tokendyn.experiments._config import TrainConfig
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Rate of update number ``step`` (from 0) of ``total``: linear warm-up, then cosine decay."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    swing = config.learning_rate - config.final_learning_rate
+    return config.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on the parameters that are trained.
+
+    Weight decay acts on matrices only: vectors, scalars and parameters that carry ``_no_weight_decay``
+    (the decay rates and skip of a selective scan do) have none.
+    """
+    decayed, exempt = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim > 1 and not getattr(parameter, "_no_weight_decay", False)
+            (decayed if matrix else exempt).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's whole state by name: ``exp_avg/blocks.0.weight`` and so on."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
+    return tensors
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -> None:
+    """Set the optimiser's state to what :func:`optimizer_tensors` returned.
+
+    Raises:
+        CheckpointError: a tensor belongs to no parameter of the model.
+    """
+    parameters = dict(model.named_parameters())
+    for key_and_name, value in tensors.items():
+        key, _, name = key_and_name.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"the checkpoint's optimiser holds {key_and_name}, but the model has no {name}")
+        # AdamW's fused update keeps its step count beside the parameter.
+        optimizer.state[parameter][key] = value.to(parameter.device).clone()

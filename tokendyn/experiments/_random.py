@@ -1,0 +1,43 @@
+"""Every random state of the process as tensors and JSON, to save and to set again."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's global and torch's generators (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator, which libraries may draw from
+    torch.manual_seed(seed)
+
+
+def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The states of all generators: (tensors, what fits into JSON)."""
+    version, words, gauss = random.getstate()
+    name, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "python": torch.tensor(words, dtype=torch.int64),
+    }
+    if torch.cuda.is_initialized():
+        tensors.update({f"cuda_{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    numbers = {"python": [version, gauss], "numpy": [name, int(place), int(has_gauss), float(cached)]}
+    return tensors, numbers
+
+
+def restore(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    """Set all generators to what :func:`capture` returned."""
+    version, gauss = numbers["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    name, place, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), place, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(tensors["torch"].clone())
+    cuda = [tensors[f"cuda_{i}"] for i in range(sum(key.startswith("cuda_") for key in tensors))]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])

@@ -1,0 +1,398 @@
+"""The trainer: one model, one seed, from its first step to its last, in as many sittings as it takes.
+
+What is trained is a :class:`Task`; the trainer owns the rest: optimiser, schedule, precision, random
+states, metrics, checkpoints. A batch is a function of the step alone, so the data's position is the step,
+and a run that was killed and continued ends with the same bits as one that was not (on a CPU, with the
+same number of threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from tokendyn.errors import CheckpointError, NonFiniteError, OptionError
+from tokendyn.experiments import _random
+from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
+from tokendyn.experiments._cli import Stopped
+from tokendyn.experiments._config import ComputeConfig, TrainConfig
+from tokendyn.experiments._files import remove_unfinished, write_json
+from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from tokendyn.experiments._progress import Progress
+from tokendyn.experiments._records import Records
+from tokendyn.experiments._signals import StopSignals, leave_signals_to_parent
+
+
+@dataclass
+class Batch:
+    """Examples of one step on the CPU, and those that could not be read (name -> why)."""
+
+    tensors: dict[str, Tensor]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """What is trained. Everything here must follow from the constructor's arguments and the step."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def build_model(self) -> nn.Module:
+        """The model on the CPU, initialised from torch's generator."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """The batch of ``step``, a function of the step alone. May be called in another process."""
+        ...
+
+    def loss(self, model: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and further scalars to average into the log."""
+        ...
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+        """Held-out measures of the model (in evaluation mode, without gradients), ``loss`` among them, and
+        the examples that could not be read (name -> why)."""
+        ...
+
+
+def resolve_device(asked: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        OptionError: the name is unknown, or there is no such device.
+    """
+    name = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise OptionError(f"--device is {asked!r}, expected cpu, cuda, cuda:N or auto")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as cause:
+        reason = str(cause).splitlines()[0]
+        raise OptionError(f"--device {asked} cannot be used here ({reason}); choose cpu or auto") from cause
+    return device
+
+
+@contextlib.contextmanager
+def numerics(compute: ComputeConfig) -> Iterator[None]:
+    """torch's global settings that decide bits, as configured inside the block and as before after it."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.set_num_threads(compute.threads)
+    torch.use_deterministic_algorithms(compute.deterministic, warn_only=compute.device != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+class Trainer:
+    """One run: a task trained with one seed into one folder.
+
+    Args:
+        task: what is trained.
+        name: how messages call the run, for example ``"baseline, seed 0"``.
+        seed: of initialisation, dropout and whatever else draws from the global generators.
+        folder: of the run: ``metrics.jsonl``, ``timings.jsonl``, ``checkpoints/``, ``result.json``.
+        train, compute: the configuration; ``compute.device`` resolved.
+        workers: processes that prepare batches.
+        progress: told of steps and evaluations.
+        signals: asked after every step whether to stop.
+        initialise_like: a task whose model, built with the same seed, gives its values to all parameters
+            of the same name and shape: arms that differ in one part then start equal in all others.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        name: str,
+        seed: int,
+        folder: Path,
+        train: TrainConfig,
+        compute: ComputeConfig,
+        workers: int,
+        progress: Progress,
+        signals: StopSignals,
+        initialise_like: Task | None = None,
+    ) -> None:
+        self.task, self.name, self.seed, self.folder = task, name, seed, folder
+        self.train_config, self.compute = train, compute
+        self.workers, self.progress, self.signals = workers, progress, signals
+        self.device = torch.device(compute.device)
+        self.total = total_steps(task, train)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.step = 0
+        self.skipped: dict[str, str] = {}
+        self._sums: dict[str, float] = {}
+        self._summed = 0
+
+        self.model = _build(task, seed, initialise_like).to(self.device)
+        _random.seed_everything(seed)
+        self.optimizer = make_optimizer(self.model, train)
+        self.average: AveragedModel | None = None
+        if train.ema_decay:
+            average = get_ema_multi_avg_fn(train.ema_decay)
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self._forward: Callable[..., Any] = torch.compile(self.model) if compute.compile else self.model
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated: the moving average of the weights, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def run(self) -> dict[str, Any]:
+        """Train from the newest checkpoint, or from the start, to the last step; return ``result.json``.
+
+        Raises:
+            Stopped: a signal came; everything is saved.
+            NonFiniteError: the loss or the gradient is NaN or infinite; the update was not made.
+            CheckpointError: a checkpoint cannot be read or written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder)
+        remove_unfinished(self._checkpoints)
+        checkpoint = load_newest(self._checkpoints, self.progress.say)
+        positions = {} if checkpoint is None else checkpoint.state["records"]
+        self.metrics = Records(self.folder / "metrics.jsonl", positions.get("metrics"))
+        self.timings = Records(self.folder / "timings.jsonl", positions.get("timings"))
+        try:
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            self.progress.start(self.name, self.total, self.step)
+            if checkpoint is None:
+                self._evaluate()
+            return self._train()
+        finally:
+            self.metrics.close()
+            self.timings.close()
+
+    def _train(self) -> dict[str, Any]:
+        config = self.train_config
+        began, began_at = time.perf_counter(), self.step
+        for batch in self._batches():
+            self._update(batch)
+            self.step += 1
+            self.progress.advance()
+            last = self.step == self.total
+            if last or self.step % config.log_every == 0:
+                self._log_training()
+                seconds = time.perf_counter() - began
+                self.timings.append(
+                    {"step": self.step, "steps": self.step - began_at, "seconds": seconds} | self._memory()
+                )
+                began, began_at = time.perf_counter(), self.step
+            if last or self.step % config.evaluate_every == 0:
+                self._evaluate()
+                began += self._evaluation_seconds
+            stopping = self.signals.received
+            if last or stopping is not None or self.step % config.checkpoint_every == 0:
+                saving = time.perf_counter()
+                self._save()
+                began += time.perf_counter() - saving
+            if stopping is not None and not last:
+                raise Stopped(
+                    stopping,
+                    f"stopped by signal {stopping} after step {self.step} of {self.total} ({self.name}); "
+                    f"everything is saved, continue with --resume auto",
+                )
+        result = {
+            "name": self.name,
+            "seed": self.seed,
+            "steps": self.step,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "held_out": self._held_out,
+            "skipped": self.skipped,
+        }
+        write_json(self.folder / "result.json", result)
+        return result
+
+    def _batches(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Steps(self.task, self.step, self.total),
+            batch_size=None,  # one item is one whole batch
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # or the loader would draw from the global generator
+            pin_memory=False,
+        )
+        return iter(loader)
+
+    def _update(self, batch: Batch) -> None:
+        self._note_skipped(batch.skipped)
+        config = self.train_config
+        rate = learning_rate(self.step, self.total, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        tensors = {key: value.to(self.device, non_blocking=True) for key, value in batch.tensors.items()}
+        with self._autocast():
+            loss, logged = self.task.loss(self._forward, tensors)
+        self._expect_finite("the loss", loss.item())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf).item()
+        self._expect_finite("the norm of the gradient", norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        values = {"loss": loss.item(), "gradient_norm": norm, **{key: value.item() for key, value in logged.items()}}
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._summed += 1
+
+    def _memory(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return {}
+        return {"gpu_memory_bytes": torch.cuda.max_memory_allocated(self.device)}
+
+    def _note_skipped(self, skipped: dict[str, str]) -> None:
+        for name, reason in skipped.items():
+            if name not in self.skipped:
+                self.skipped[name] = reason
+                self.progress.say(f"skipped: {reason}")
+
+    def _expect_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        culprits = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+        ]
+        raise NonFiniteError(
+            f"{self.name}, step {self.step + 1} of {self.total}: {what} is {value}"
+            + (f", first in {culprits[0]} ({len(culprits)} parameters in all)" if culprits else "")
+            + "; the update was not made. Lower --learning-rate, or look at the batch of this step"
+        )
+
+    def _log_training(self) -> None:
+        means = {key: value / self._summed for key, value in self._sums.items()}
+        rate = learning_rate(self.step - 1, self.total, self.train_config)
+        self.metrics.append({"step": self.step, "split": "train", **means, "learning_rate": rate})
+        self._sums, self._summed = {}, 0
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        model = self.evaluated_model
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self._autocast():
+            self._held_out, skipped = self.task.evaluate(model, self.device)
+        model.train(was_training)
+        self._note_skipped(skipped)
+        self._evaluation_seconds = time.perf_counter() - began
+        self.metrics.append({"step": self.step, "split": "held_out", **self._held_out})
+        self.progress.evaluated(self.step, self._held_out["loss"], self._held_out.get("accuracy"))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bfloat16")
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _save(self) -> None:
+        random_tensors, random_numbers = _random.capture()
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "random": random_tensors,
+        }
+        if self.average is not None:
+            tensors["average"] = self.average.state_dict()
+        state = {
+            "random": random_numbers,
+            "sums": self._sums,
+            "summed": self._summed,
+            "skipped": self.skipped,
+            "held_out": self._held_out,
+            "records": {"metrics": self.metrics.position(), "timings": self.timings.position()},
+        }
+        self._checkpoints.mkdir(exist_ok=True)
+        save_checkpoint(
+            self._checkpoints, Checkpoint(self.step, tensors, state), keep=self.train_config.keep_checkpoints
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step = checkpoint.step
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.tensors["average"])
+        state = checkpoint.state
+        self._sums, self._summed = state["sums"], state["summed"]
+        self.skipped, self._held_out = state["skipped"], state["held_out"]
+        _random.restore(checkpoint.tensors["random"], state["random"])
+
+
+def total_steps(task: Task, train: TrainConfig) -> int:
+    """Updates of a whole run."""
+    return train.steps if train.steps is not None else train.epochs * task.steps_per_epoch
+
+
+def load_trained(task: Task, folder: Path) -> nn.Module:
+    """The model of a finished run, on the CPU, in evaluation mode; the moving average if there is one.
+
+    Raises:
+        CheckpointError: there is no good checkpoint.
+    """
+    messages: list[str] = []
+    checkpoint = load_newest(folder / "checkpoints", messages.append)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint; delete {folder} to train the run anew")
+    model = task.build_model()
+    weights = checkpoint.tensors["model"]
+    if "average" in checkpoint.tensors:
+        inner = checkpoint.tensors["average"].items()
+        weights = {name.removeprefix("module."): value for name, value in inner if name.startswith("module.")}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _build(task: Task, seed: int, like: Task | None) -> nn.Module:
+    _random.seed_everything(seed)
+    model = task.build_model()
+    if like is not None:
+        _random.seed_everything(seed)
+        source = like.build_model().state_dict()
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name in source and source[name].shape == value.shape:
+                    value.copy_(source[name])
+    return model
+
+
+class _Steps(Dataset[Batch]):
+    """The batches of steps ``start`` to ``stop`` as a data set, so that worker processes can make them."""
+
+    def __init__(self, task: Task, start: int, stop: int) -> None:
+        self.task, self.start, self.stop = task, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, place: int) -> Batch:
+        return self.task.batch(self.start + place)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

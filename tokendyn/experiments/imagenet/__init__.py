@@ -1,0 +1,1 @@
+"""Image classification with and without token reordering: ``python -m tokendyn.experiments.imagenet``."""

@@ -1,0 +1,165 @@
+"""The configuration of an image study, and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokendyn.errors import OptionError
+from tokendyn.experiments._config import (
+    ComputeConfig,
+    RunConfig,
+    TrainConfig,
+    expect_at_least,
+    expect_within,
+    to_json,
+)
+from tokendyn.experiments.imagenet._arms import resolve_arm
+
+MODELS = ("mambavision_16px", "mambavision_32px", "mambavision_64px", "mambavision_t")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images: an ImageFolder tree, or without one scikit-learn's digits."""
+
+    data_dir: str | None = None
+    """Folder that holds train/CLASS/* and val/CLASS/*."""
+    image_size: int = 16
+    """Pixels on a side; the shorter side is brought to it, and the centre cut out."""
+    crop_padding: int = 2
+    """Training crops may lie so many pixels off the image, which is padded with black."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    cache_mb: int = 1024
+    """Decode all images once and keep them if they take no more memory than this."""
+    max_megapixels: float = 64.0
+    """Refuse larger images, millions of pixels: they may be decompression bombs."""
+    skip_corrupt: bool = False
+    """Train without images that cannot be read at the start, instead of stopping there."""
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 1, "image_size")
+        expect_at_least(self, 0, "crop_padding", "cache_mb")
+        expect_within(self, 0.001, 178.0, "max_megapixels")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model and its loss."""
+
+    model: Literal["mambavision_16px", "mambavision_32px", "mambavision_64px", "mambavision_t"] = "mambavision_16px"
+    """Which MambaVision, by the image size it is made for."""
+    drop_path: float = 0.0
+    """Stochastic depth: how often the last block is left out of a training step."""
+    label_smoothing: float = 0.0
+    """Part of the target spread over all classes."""
+    parity: Literal["clean", "published"] = "clean"
+    """published: with the quirks of the public MambaVision."""
+
+    def __post_init__(self) -> None:
+        expect_within(self, 0, 0.99, "drop_path")
+        expect_within(self, 0, 1, "label_smoothing")
+
+
+@dataclass(frozen=True)
+class ImageNetConfig:
+    """An image study: arms times seeds."""
+
+    arms: tuple[str, ...] = ("baseline", "sorted")
+    """Orders to compare, the first being the reference: baseline, sorted, published, published_restored,
+    straight_through, random, reversed; with changes as in sorted:tau=0.3,restore=false."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of every arm for each; runs of one seed share data order and initial weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("arms", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise OptionError(
+                    f"--{name} is {' '.join(map(str, values)) or 'empty'}, expected one or more, each once"
+                )
+        if min(self.seeds) < 0 or max(self.seeds) >= 2**63:
+            raise OptionError(f"--seeds is {' '.join(map(str, self.seeds))}, expected 0 to 2^63 - 1")
+        for arm in self.arms:
+            resolve_arm(arm)
+
+    def orders(self) -> dict[str, Any]:
+        """The settings of every arm's order, resolved, for ``config.json``."""
+        resolved = {arm: resolve_arm(arm) for arm in self.arms}
+        return {arm: None if order is None else dataclasses.asdict(order) for arm, order in resolved.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: all but where things lie and how they are fetched."""
+        config = to_json(self)
+        del config["run"], config["data"]["data_dir"], config["data"]["cache_mb"]
+        return {"config": config, "orders": self.orders()}
+
+
+PRESETS: dict[str, Callable[[], ImageNetConfig]] = {}
+
+
+def preset(function: Callable[[], ImageNetConfig]) -> Callable[[], ImageNetConfig]:
+    """Enter a preset into :data:`PRESETS` under its function's name."""
+    PRESETS[function.__name__] = function
+    return function
+
+
+@preset
+def demo() -> ImageNetConfig:
+    """Scikit-learn's digits (1,797 real images), baseline against sorted tokens: minutes on two CPU cores."""
+    return ImageNetConfig(
+        data=DataConfig(image_size=16, crop_padding=2, flip=False),
+        model=ModelConfig(model="mambavision_16px"),
+        train=TrainConfig(
+            epochs=10,
+            batch_size=64,
+            learning_rate=2e-3,
+            log_every=11,
+            evaluate_every=22,
+            checkpoint_every=44,
+        ),
+    )
+
+
+@preset
+def cifar10() -> ImageNetConfig:
+    """Trees of 32 px images such as CIFAR-10 (--data-dir): baseline, sorted and published order."""
+    return ImageNetConfig(
+        arms=("baseline", "sorted", "published"),
+        data=DataConfig(image_size=32, crop_padding=4),
+        model=ModelConfig(model="mambavision_32px", drop_path=0.1, label_smoothing=0.1),
+        train=TrainConfig(
+            epochs=30,
+            batch_size=128,
+            learning_rate=1e-3,
+            log_every=50,
+            evaluate_every=390,
+            checkpoint_every=390,
+        ),
+    )
+
+
+@preset
+def imagenette() -> ImageNetConfig:
+    """Trees of 64 px images such as Imagenette (--data-dir): baseline, sorted and published order."""
+    return ImageNetConfig(
+        arms=("baseline", "sorted", "published"),
+        data=DataConfig(image_size=64, crop_padding=8),
+        model=ModelConfig(model="mambavision_64px", drop_path=0.1, label_smoothing=0.1),
+        train=TrainConfig(
+            epochs=60,
+            batch_size=128,
+            learning_rate=1e-3,
+            log_every=25,
+            evaluate_every=146,
+            checkpoint_every=146,
+        ),
+    )

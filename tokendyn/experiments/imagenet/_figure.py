@@ -1,0 +1,191 @@
+"""The figure of an image study: how the arms learned, and what the orders did to the tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from tokendyn import Order
+from tokendyn.backends.torch.layers import record_orders
+from tokendyn.experiments._files import write_with
+from tokendyn.experiments._study import RunRecord
+from tokendyn.experiments._trainer import load_trained
+from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
+from tokendyn.experiments.imagenet._config import ImageNetConfig
+from tokendyn.experiments.imagenet._images import Images
+from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, ImageTask, to_input
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", ":", "-.")
+EXAMPLES = 6
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "svg.hashsalt": "tokendyn",
+    "svg.fonttype": "none",
+}
+
+
+def draw_figure(
+    folder: Path,
+    config: ImageNetConfig,
+    images: Images,
+    runs: Sequence[RunRecord],
+    make_task: Callable[[str, int], ImageTask],
+) -> list[Path]:
+    """Draw ``study.png`` and ``study.svg`` into ``folder``; their paths.
+
+    Above: held-out accuracy and loss, and over training the tokens that a sorted place averages and the
+    variance between tokens that the order keeps (means and ranges over seeds). Below: held-out images, and
+    for every token of the first ordering block the place to which it goes, from the first seed's models.
+    """
+    ordered = [
+        arm for arm in config.arms if any("orders" in line for run in runs if run.arm == arm for line in run.metrics)
+    ]
+    with matplotlib.rc_context(STYLE):
+        maps_height = 1.15 * (len(ordered) + 1) + 0.5 if ordered else 0.0
+        figure = Figure(figsize=(11, 3.1 + maps_height), layout="constrained")
+        if ordered:
+            above, below = figure.subfigures(2, 1, height_ratios=[3.1, maps_height], hspace=0.02)
+            _draw_maps(below, ordered, config, images, runs, make_task)
+        else:
+            above = figure
+        _draw_curves(above, config, runs, measures=bool(ordered))
+        folder.mkdir(exist_ok=True)
+        paths = [folder / "study.png", folder / "study.svg"]
+        write_with(paths[0], lambda place: figure.savefig(place, dpi=150))
+        write_with(paths[1], lambda place: figure.savefig(place, metadata={"Date": None}))
+    return paths
+
+
+def _draw_curves(
+    figure: Figure | SubFigure, config: ImageNetConfig, runs: Sequence[RunRecord], *, measures: bool
+) -> None:
+    panels: list[Axes] = list(np.atleast_1d(figure.subplots(1, 4 if measures else 2)))
+    for arm, colour in zip(config.arms, COLOURS * 9, strict=False):
+        lines = [[line for line in run.metrics if line["split"] == "held_out"] for run in runs if run.arm == arm]
+        steps = [line["step"] for line in lines[0]]
+        label = f"{arm}"
+        _band(panels[0], steps, [[100 * line["accuracy"] for line in run] for run in lines], colour, "-", label)
+        _band(panels[1], steps, [[line["loss"] for line in run] for run in lines], colour, "-", label)
+        for module, dashes in zip(lines[0][-1].get("orders", {}), LINES, strict=False):
+            with_orders = [[line for line in run if "orders" in line] for run in lines]
+            steps = [line["step"] for line in with_orders[0]]
+            label = f"{arm}, {_stage(module)}"
+            for panel, key in ((panels[2], "effective_tokens"), (panels[3], "variance_kept")):
+                values = [[line["orders"][module][key] for line in run] for run in with_orders]
+                _band(panel, steps, values, colour, dashes, label)
+    panels[0].set_title("Held-out accuracy, %")
+    panels[1].set_title("Held-out loss")
+    panels[1].set_yscale("log")
+    panels[0].legend(loc="lower right")
+    if measures:
+        tokens = max(o["tokens"] for run in runs for line in run.metrics for o in line.get("orders", {}).values())
+        panels[2].set_title(f"Tokens averaged by a place, of {tokens}")
+        panels[2].set_yscale("log", base=2)
+        panels[2].set_ylim(0.9, tokens * 1.12)
+        ticks = [2**k for k in range(int(math.log2(tokens)) + 1)]
+        panels[2].set_yticks(ticks, [str(tick) for tick in ticks])
+        panels[3].set_title("Variance between tokens kept")
+        panels[3].set_yscale("log")
+        panels[2].legend(loc="best", fontsize=8)
+    for panel in panels:
+        panel.set_xlabel("step")
+
+
+def _band(panel: Axes, steps: list[int], values: list[list[float]], colour: str, dashes: str, label: str) -> None:
+    table = np.array(values)
+    panel.plot(steps, table.mean(axis=0), dashes, color=colour, label=label, linewidth=1.6)
+    if len(table) > 1:
+        panel.fill_between(steps, table.min(axis=0), table.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_maps(
+    figure: SubFigure,
+    ordered: Sequence[str],
+    config: ImageNetConfig,
+    images: Images,
+    runs: Sequence[RunRecord],
+    make_task: Callable[[str, int], ImageTask],
+) -> None:
+    held_out = images.held_out
+    examples = [int(np.flatnonzero(held_out.labels == label)[0]) for label in np.unique(held_out.labels)[:EXAMPLES]]
+    spread = np.linspace(0, len(held_out) - 1, min(MEASURED_IMAGES, len(held_out))).astype(np.int64)
+    pixels, problems = held_out.read(np.concatenate([examples, spread]))
+    readable = [k for k in range(len(pixels)) if k >= len(examples) and k not in problems]
+    columns = len(examples) + 1
+    panels = figure.subplots(len(ordered) + 1, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.spines[:].set_visible(False)
+    for panel, image, index in zip(panels[0], pixels, examples, strict=False):
+        panel.imshow(image, interpolation="nearest")
+        panel.set_title(images.classes[held_out.labels[index]], fontsize=8, loc="center")
+    panels[0, 0].set_ylabel("held-out\nimage", rotation=0, ha="right", va="center")
+    drawn = None
+    for row, arm in zip(panels[1:], ordered, strict=True):
+        run = next(run for run in runs if run.arm == arm)
+        model = load_trained(make_task(arm, run.seed), run.folder)
+        with torch.no_grad(), record_orders(model) as records:
+            model(to_input(torch.from_numpy(pixels)))
+        order = next(found for found in records.values() if found)[0].order
+        places = mosaic(expected_places(order), len(pixels))
+        last = order.scores.shape[1] - 1
+        for panel, places_of_image in zip(row, [*places[: len(examples)], places[readable].mean(axis=0)], strict=True):
+            drawn = panel.imshow(places_of_image, cmap="viridis", vmin=0, vmax=last, interpolation="nearest")
+        row[0].set_ylabel(
+            f"{arm}\n({describe_order(resolve_arm(arm))})".replace(", ", ",\n"),
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
+    panels[0, -1].set_title("")
+    panels[1, -1].set_title(f"mean of {len(readable)}", fontsize=8, loc="center")
+    assert drawn is not None
+    bar = figure.colorbar(drawn, ax=panels[1:, :].ravel().tolist(), fraction=0.02, pad=0.01)
+    bar.set_label("place in the scan", fontsize=8)
+    bar.set_ticks([0, round(bar.vmax)], labels=["first", "last"])
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def expected_places(order: Order) -> np.ndarray:
+    """(b, L) the place to which each token goes: Σ_k k P_kl / Σ_k P_kl; its place if the order is hard.
+
+    A SoftSort that averages everything gives (L - 1)/2 everywhere: no token has a place of its own.
+    """
+    matrix = order.matrix().double().cpu().numpy()
+    places = np.arange(matrix.shape[1])
+    return np.einsum("k,bkl->bl", places, matrix) / matrix.sum(axis=1)
+
+
+def mosaic(values: np.ndarray, count: int) -> np.ndarray:
+    """(count, H, W) from (count · windows, L): windows of side √L, laid row by row into a square."""
+    side = math.isqrt(values.shape[1])
+    across = math.isqrt(values.shape[0] // count)
+    squares = values.reshape(count, across, across, side, side)
+    return squares.transpose(0, 1, 3, 2, 4).reshape(count, across * side, across * side)
+
+
+def _stage(module: str) -> str:
+    """``levels.2.blocks.0.mixer.order`` as readers of the papers call it: stage 3."""
+    parts = module.split(".")
+    stage = f"stage {int(parts[1]) + 1}"
+    return stage if parts[3] == "0" else f"{stage} block {int(parts[3]) + 1}"

@@ -1,0 +1,82 @@
+"""An image study from its configuration to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from tokendyn.errors import OptionError
+from tokendyn.experiments._study import open_folder, run_study
+from tokendyn.experiments._trainer import resolve_device
+from tokendyn.experiments.imagenet._arms import resolve_arm
+from tokendyn.experiments.imagenet._config import ImageNetConfig
+from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
+from tokendyn.experiments.imagenet._report import write_report
+from tokendyn.experiments.imagenet._task import ImageTask
+
+
+def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> None:
+    """Run, or continue, the study that ``config`` describes, and report it on stdout and in its folder.
+
+    Args:
+        preset: the preset's name, which names the default folder.
+        config: the configuration.
+        command: what the user typed, for the record.
+
+    Raises:
+        DataError, OptionError, CheckpointError, NonFiniteError, Stopped: see the modules that raise them.
+    """
+    device = resolve_device(config.compute.device)
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
+    images = load_images(preset, config)
+
+    def make_task(arm: str, seed: int) -> ImageTask:
+        return ImageTask(images, config, resolve_arm(arm), seed)
+
+    make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
+    folder = open_folder(
+        config.run,
+        stem=f"imagenet-{preset}",
+        experiment="imagenet",
+        identity=config.identity() | {"data": images.fingerprint},
+        shown={"preset": preset, "data_dir": config.data.data_dir, "classes": list(images.classes)},
+        command=command,
+    )
+    print(f"{preset}: {len(images.train)} training and {len(images.held_out)} held-out images; results in {folder}")
+    sys.stdout.flush()
+    runs = run_study(
+        folder,
+        config.arms,
+        config.seeds,
+        make_task,
+        train=config.train,
+        compute=config.compute,
+        workers=config.run.workers,
+    )
+    if runs is None:
+        print("other processes still train some of these runs; give the same command again for the report")
+        return
+    write_report(folder, preset, config, images, runs, make_task)
+
+
+def load_images(preset: str, config: ImageNetConfig) -> Images:
+    """The images that ``config`` names.
+
+    Raises:
+        DataError: they cannot be read.
+        OptionError: the preset needs a tree and none was given.
+    """
+    data = config.data
+    if data.data_dir is None:
+        if preset != "demo":
+            raise OptionError(
+                f"the preset {preset} needs images; give --data-dir FOLDER with train/CLASS/* and val/CLASS/*"
+            )
+        return load_digits(data.image_size)
+    return load_folder(
+        data.data_dir,
+        size=data.image_size,
+        cache_mb=data.cache_mb,
+        max_pixels=int(data.max_megapixels * 1e6),
+        skip_corrupt=data.skip_corrupt,
+    )
