@@ -1,0 +1,30 @@
+"""The table of planted faults and what caught them, printed at the end of a session."""
+
+from __future__ import annotations
+
+import pytest
+
+Catch = tuple[str, str, str, str, str, str]
+
+_CAUGHT = pytest.StashKey[list[Catch]]()
+
+
+@pytest.fixture(scope="session")
+def caught(request: pytest.FixtureRequest) -> list[Catch]:
+    """Rows of (fault, operation, backend, dtype, check, case)."""
+    return request.config.stash.setdefault(_CAUGHT, [])
+
+
+@pytest.fixture(scope="session")
+def backends(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return tuple(request.config.getoption("--backends").split(","))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(_CAUGHT, None)
+    if not rows:
+        return
+    terminalreporter.section("planted faults and what caught them")
+    for fault, subject, backend, dtype, check, case in rows:
+        terminalreporter.write_line(f"{fault:<50}{subject:<18}{backend:<7}{dtype:<9}{check:<18}{case}")
+    terminalreporter.write_line(f"{len(rows)} planted, {len(rows)} caught")
