@@ -59,7 +59,7 @@ class Shapes:
 
     def _fail(self, name: str, shape: tuple[int, ...], patterns: Iterable[str]) -> None:
         wanted = " or ".join(
-            "(" + ", ".join(pattern.split()) + ("," if " " not in pattern else "") + ")" for pattern in patterns
+            "(" + ", ".join(pattern.split()) + ("," if len(pattern.split()) == 1 else "") + ")" for pattern in patterns
         )
         known = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
         raise ShapeError(

@@ -50,6 +50,10 @@ def random_inputs(operation: str, *, seed: int = 0, dtype: str = "float32", **op
             - softsort, softsort_restore: ``batch=2, channels=8, length=32``; the other operations on scores:
               ``batch=2, length=32``.
             - take_tokens, put_tokens: ``batch=2, channels=8, length=32``.
+            - flow_rhs: ``batch=2, channels=8, length=32, state=None, shared_delta=False``. ``channels=None`` is the
+              line; with ``state`` the arguments hold S_B and S_C instead of M. sphere_flow: the same, ``value=False``
+              for W; attention_flow: ``batch=2, channels=8, length=32, state=4``; autoregressive_flow: ``batch=2,
+              channels=8, length=32, lags=3``. Tokens of the last three have unit norm.
             - io_projections: ``channels=8, state=4, regime="free", form="paper"``.
             - io_spectrum: ``channels=8, state=4``.
 
@@ -215,3 +219,71 @@ def _projections(
 @_makes("io_spectrum")
 def _spectrum(rng: np.random.Generator, *, channels: int = 8, state: int = 4) -> dict[str, Any]:
     return {name: rng.standard_normal((state, channels)) * channels**-0.5 for name in ("S_B", "S_C")}
+
+
+@_makes("flow_rhs")
+def _flow(
+    rng: np.random.Generator,
+    *,
+    batch: int = 2,
+    channels: int | None = 8,
+    length: int = 32,
+    state: int | None = None,
+    shared_delta: bool = False,
+) -> dict[str, Any]:
+    if channels is None:
+        return {
+            "x": rng.standard_normal((batch, length)),
+            "mu": rng.standard_normal(batch),
+            "s_delta": rng.standard_normal(batch),
+            "a": rng.uniform(0.5, 2.0, batch),
+            "bias": rng.standard_normal(batch),
+        }
+    made = {
+        "x": rng.standard_normal((batch, length, channels)),
+        "s_delta": rng.standard_normal((channels,) if shared_delta else (channels, channels)) * channels**-0.5,
+        "a": rng.uniform(0.5, 2.0, channels),
+    }
+    if state is None:
+        made["M"] = rng.standard_normal((channels, channels)) / channels
+    else:
+        made.update({name: rng.standard_normal((state, channels)) * channels**-0.5 for name in ("S_B", "S_C")})
+    return made
+
+
+@_makes("sphere_flow")
+def _sphere_flow(
+    rng: np.random.Generator,
+    *,
+    batch: int = 2,
+    channels: int = 8,
+    length: int = 32,
+    state: int | None = None,
+    shared_delta: bool = False,
+    value: bool = False,
+) -> dict[str, Any]:
+    made = _flow(rng, batch=batch, channels=channels, length=length, state=state, shared_delta=shared_delta)
+    made["x"] /= np.linalg.norm(made["x"], axis=-1, keepdims=True)
+    if value:
+        made["W"] = rng.standard_normal((channels, channels)) * channels**-0.5
+    return made
+
+
+@_makes("attention_flow")
+def _attention_flow(
+    rng: np.random.Generator, *, batch: int = 2, channels: int = 8, length: int = 32, state: int = 4
+) -> dict[str, Any]:
+    x = rng.standard_normal((batch, length, channels))
+    return {
+        "x": x / np.linalg.norm(x, axis=-1, keepdims=True),
+        "Q": rng.standard_normal((state, channels)),
+        "K": rng.standard_normal((state, channels)),
+    }
+
+
+@_makes("autoregressive_flow")
+def _autoregressive_flow(
+    rng: np.random.Generator, *, batch: int = 2, channels: int = 8, length: int = 32, lags: int = 3
+) -> dict[str, Any]:
+    x = _attention_flow(rng, batch=batch, channels=channels, length=length)["x"]
+    return {"x": x, "phi": rng.standard_normal(lags)}

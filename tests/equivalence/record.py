@@ -56,14 +56,14 @@ class Record:
 
     def table(self) -> list[str]:
         lines = [
-            f"{'operation':<18}{'backend':<9}{'dtype':<10}{'normwise':>10}{'worst token':>13}{'gradients':>11}"
+            f"{'operation':<21}{'backend':<9}{'dtype':<10}{'normwise':>10}{'worst token':>13}{'gradients':>11}"
             f"{'comparisons':>13}"
         ]
         order = list(SUBJECTS)
         for (name, backend, dtype), row in sorted(self.rows.items(), key=lambda item: order.index(item[0][0])):
             gradients = f"{row.gradients:.1e}" if row.gradient_comparisons else "-"
             lines.append(
-                f"{name:<18}{backend:<9}{dtype:<10}{row.values:>10.1e}{row.worst_token:>13.1e}{gradients:>11}"
+                f"{name:<21}{backend:<9}{dtype:<10}{row.values:>10.1e}{row.worst_token:>13.1e}{gradients:>11}"
                 f"{row.comparisons:>13}"
             )
         return lines

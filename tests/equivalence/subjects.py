@@ -30,7 +30,7 @@ AXES: dict[str, dict[int, str]] = {
     "attention": {4: "kktf", 3: "ktf"},
     "P": {3: "ktf"},
     # orders: channels last
-    "x": {3: "ktf"},
+    "x": {3: "ktf", 2: "kt", 1: "t"},
     "y": {3: "ktf"},
     "scores": {2: "kt"},
     "effective": {2: "kt"},
@@ -109,6 +109,10 @@ SUBJECTS: dict[str, Subject] = {
         _operation("put_tokens", "y"),
         _operation("io_projections", "S_B", "S_C"),
         _operation("io_spectrum", "eigenvalues", "symmetric", eigenvalues="complex"),
+        _operation("flow_rhs", "x"),
+        _operation("sphere_flow", "x"),
+        _operation("attention_flow", "x"),
+        _operation("autoregressive_flow", "x"),
         Subject(
             name="reordered_scan",
             outputs=("y_scan",),

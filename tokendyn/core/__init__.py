@@ -9,6 +9,13 @@ are slow on purpose: to run a model use ``tokendyn.<op>``.
 from __future__ import annotations
 
 from tokendyn.core._attention import hidden_attention, hidden_attention_vjp
+from tokendyn.core._attention_flow import (
+    attention_flow,
+    attention_flow_vjp,
+    autoregressive_flow,
+    autoregressive_flow_vjp,
+)
+from tokendyn.core._flow import flow_rhs, flow_rhs_vjp, sphere_flow, sphere_flow_vjp
 from tokendyn.core._order import (
     effective_tokens,
     hard_order,
@@ -29,7 +36,13 @@ from tokendyn.core._parametrize import io_projections, io_projections_vjp, io_sp
 from tokendyn.core._scan import selective_scan, selective_scan_vjp
 
 __all__ = [
+    "attention_flow",
+    "attention_flow_vjp",
+    "autoregressive_flow",
+    "autoregressive_flow_vjp",
     "effective_tokens",
+    "flow_rhs",
+    "flow_rhs_vjp",
     "hard_order",
     "hidden_attention",
     "hidden_attention_vjp",
@@ -49,6 +62,8 @@ __all__ = [
     "softsort_restore",
     "softsort_restore_vjp",
     "softsort_vjp",
+    "sphere_flow",
+    "sphere_flow_vjp",
     "take_tokens",
     "take_tokens_vjp",
 ]

@@ -21,7 +21,10 @@ from tokendyn.backends.torch.layers import (  # noqa: E402
 from tokendyn.torch import models  # noqa: E402
 from tokendyn.torch.models import MambaVision, mambavision_t  # noqa: E402
 
+attention_flow = _bind(_ops.attention_flow, "torch")
+autoregressive_flow = _bind(_ops.autoregressive_flow, "torch")
 effective_tokens = _bind(_ops.effective_tokens, "torch")
+flow_rhs = _bind(_ops.flow_rhs, "torch")
 hard_order = _bind(_ops.hard_order, "torch")
 hidden_attention = _bind(_ops.hidden_attention, "torch")
 importance_score = _bind(_ops.importance_score, "torch")
@@ -32,6 +35,7 @@ selective_scan = _bind(_ops.selective_scan, "torch")
 softsort = _bind(_ops.softsort, "torch")
 softsort_matrix = _bind(_ops.softsort_matrix, "torch")
 softsort_restore = _bind(_ops.softsort_restore, "torch")
+sphere_flow = _bind(_ops.sphere_flow, "torch")
 take_tokens = _bind(_ops.take_tokens, "torch")
 token_order = _ops.token_order
 
@@ -43,7 +47,10 @@ __all__ = [
     "OrderRecord",
     "TokenOrdering",
     "TokenReorder",
+    "attention_flow",
+    "autoregressive_flow",
     "effective_tokens",
+    "flow_rhs",
     "hard_order",
     "hidden_attention",
     "importance_score",
@@ -57,6 +64,7 @@ __all__ = [
     "softsort",
     "softsort_matrix",
     "softsort_restore",
+    "sphere_flow",
     "take_tokens",
     "token_order",
 ]

@@ -50,6 +50,14 @@ FROM_SPEC = (
     "io_projections-negative,_published_code",
     "io_spectrum-D_above_2N",
     "io_spectrum-N_above_D",
+    "flow_rhs-line,_bias",
+    "flow_rhs-bias",
+    "flow_rhs-general_A,_shared_step_size",
+    "sphere_flow-C:_value_matrix",
+    "sphere_flow-general_A_and_value_matrix",
+    "attention_flow-softmax,_causal,_sphere",
+    "attention_flow-linear,_full,_space",
+    "autoregressive_flow-p=1",
 )
 
 #: Those that mamba-ssm's reference can express: no initial state, no packing, no padding, A of two axes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokendyn.backends.numpy.ops._arrays import from_numpy, permutation_matrix, stop_gradient, to_numpy
 from tokendyn.backends.numpy.ops._attention import hidden_attention
+from tokendyn.backends.numpy.ops._flow import attention_flow, autoregressive_flow, flow_rhs, sphere_flow
 from tokendyn.backends.numpy.ops._order import (
     effective_tokens,
     hard_order,
@@ -18,7 +19,10 @@ from tokendyn.backends.numpy.ops._parametrize import io_projections, io_spectrum
 from tokendyn.backends.numpy.ops._scan import selective_scan, selective_scan_vjp
 
 __all__ = [
+    "attention_flow",
+    "autoregressive_flow",
     "effective_tokens",
+    "flow_rhs",
     "from_numpy",
     "hard_order",
     "hidden_attention",
@@ -32,6 +36,7 @@ __all__ = [
     "softsort",
     "softsort_matrix",
     "softsort_restore",
+    "sphere_flow",
     "stop_gradient",
     "take_tokens",
     "to_numpy",

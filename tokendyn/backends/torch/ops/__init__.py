@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tokendyn.backends.torch.ops._attention import hidden_attention
+from tokendyn.backends.torch.ops._flow import attention_flow, autoregressive_flow, flow_rhs, sphere_flow
 from tokendyn.backends.torch.ops._order import (
     effective_tokens,
     hard_order,
@@ -26,7 +27,10 @@ from tokendyn.backends.torch.ops._scan import selective_scan
 from tokendyn.backends.torch.ops._spectrum import io_spectrum
 
 __all__ = [
+    "attention_flow",
+    "autoregressive_flow",
     "effective_tokens",
+    "flow_rhs",
     "from_numpy",
     "hard_order",
     "hidden_attention",
@@ -39,6 +43,7 @@ __all__ = [
     "softsort",
     "softsort_matrix",
     "softsort_restore",
+    "sphere_flow",
     "stop_gradient",
     "take_tokens",
     "to_numpy",
