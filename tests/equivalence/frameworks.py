@@ -42,7 +42,8 @@ class Framework(Protocol):
         """Outputs, and the gradients of ``Σ ⟨cotangent, output⟩`` with respect to ``wrt``.
 
         A complex output takes a real cotangent with a last axis of two: for its real and its imaginary part.
-        A gradient that the framework says does not exist is None. No cotangents, no gradients.
+        A gradient that the framework says does not exist is None. Without cotangents, or with another number of
+        them than there are outputs, there are no gradients.
         """
         ...
 
@@ -88,7 +89,7 @@ class NumPy:
     ) -> tuple[tuple[Outcome, ...], dict[str, Outcome | None]]:
         outputs = as_tuple(implementation.call(**arguments))
         outcomes = tuple(_outcome(output, output) for output in outputs)
-        if cotangents is None or implementation.vjp is None:
+        if cotangents is None or implementation.vjp is None or len(cotangents) != len(outputs):
             return outcomes, {}
         dout = tuple(
             g[..., 0] + 1j * g[..., 1] if np.iscomplexobj(output) else g.astype(output.dtype)
@@ -122,9 +123,9 @@ class Torch:
             arguments = {k: v.requires_grad_() if k in wrt else v for k, v in arguments.items()}
         outputs = as_tuple(implementation.call(**arguments))
         outcomes = tuple(_outcome(output, _torch_values(output)) for output in outputs)
-        if cotangents is None:
+        if cotangents is None or len(cotangents) != len(outputs):
             return outcomes, {}
-        real = tuple(torch.view_as_real(o) if o.is_complex() else o for o in outputs)
+        real = tuple(torch.view_as_real(o.resolve_conj()) if o.is_complex() else o for o in outputs)
         seeds = tuple(torch.tensor(g).to(o.dtype) for g, o in zip(cotangents, real, strict=True))
         found = torch.autograd.grad(real, [arguments[name] for name in wrt], seeds, allow_unused=True)
         return outcomes, {
@@ -169,6 +170,8 @@ class Jax:
             outputs = as_tuple(implementation.call(**arguments))
             return tuple(_outcome(output, np.asarray(output)) for output in outputs), {}
         real, pull, outputs = jax.vjp(call, varied, has_aux=True)
+        if len(cotangents) != len(outputs):
+            return tuple(_outcome(output, np.asarray(output)) for output in outputs), {}
         seeds = tuple(jnp.asarray(g, o.dtype) for g, o in zip(cotangents, real, strict=True))
         found = pull(seeds)[0]
         return tuple(_outcome(output, np.asarray(output)) for output in outputs), {
