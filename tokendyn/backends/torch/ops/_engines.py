@@ -1,20 +1,26 @@
 """Who runs a selective scan: a list of engines, each of which says what it declines and why.
 
-``engine="auto"`` takes the first in the list that does not decline; naming one that declines is an error
-with its reason. To add an engine: write its ``declines`` and ``run`` and enter it into :data:`ENGINES`
+``engine="auto"`` takes the first in the list that does not decline, and logs once who took a call on an
+accelerator and why the others did not; naming one that declines is an error with its reason. To add an engine: write its ``declines`` and ``run`` and enter it into :data:`ENGINES`
 before ``plain``, which takes every call.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tokendyn.backends.torch.ops import _scan_plain
+from tokendyn.backends.torch.ops import _mamba_ssm, _scan_plain
 from tokendyn.errors import EngineError, OptionError
+
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,31 @@ class Engine:
     run: Callable[..., Any]
 
 
-ENGINES: tuple[Engine, ...] = (Engine("plain", lambda call: None, _scan_plain.run),)
+def _triton_declines(call: ScanCall) -> str | None:
+    if not _HAS_TRITON:
+        return "the package 'triton' is not installed"
+    from tokendyn.backends.torch.ops import _scan_triton
+
+    return _scan_triton.declines(call)
+
+
+def _triton_run(*args: Any, **options: Any) -> Any:
+    from tokendyn.backends.torch.ops import _scan_triton
+
+    return _scan_triton.run(*args, **options)
+
+
+ENGINES: tuple[Engine, ...] = (
+    Engine("triton", _triton_declines, _triton_run),
+    Engine("mamba_ssm", _mamba_ssm.declines, _mamba_ssm.run),
+    Engine("plain", lambda call: None, _scan_plain.run),
+)
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        _log.info(line)
 
 
 def choose(name: str, call: ScanCall) -> Engine:
@@ -72,12 +102,16 @@ def choose(name: str, call: ScanCall) -> Engine:
         OptionError: no engine has this name.
         EngineError: it declines; the message has its reason.
     """
+    declined: list[str] = []
     for engine in ENGINES:
         if name not in ("auto", engine.name):
             continue
         reason = engine.declines(call)
         if reason is None:
+            if declined and call.device != "cpu" and not torch.compiler.is_compiling():
+                _say_once(f"selective_scan: engine {engine.name!r} takes the call; {'; '.join(declined)}")
             return engine
+        declined.append(f"{engine.name!r} declined: {reason}")
         if name == engine.name:
             raise EngineError(
                 f"selective_scan: engine {name!r} cannot take this call: {reason}; choose engine='auto' or another"
