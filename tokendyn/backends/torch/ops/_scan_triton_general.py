@@ -44,17 +44,20 @@ def _rows(bias, group, block, group_size, length):
     exists = lane < group_size
     limits = tl.where(exists, length, 0)
     rows = group * group_size + lane
-    if bias is None:
-        return rows, exists, limits, tl.zeros([ROWS], tl.float32)
-    return rows, exists, limits, tl.load(bias + rows, mask=exists, other=0.0).to(tl.float32)
+    shift = tl.zeros([ROWS], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + rows, mask=exists, other=0.0).to(tl.float32)
+    return rows, exists, limits, shift
 
 
 @triton.jit
 def _stop(lengths, batch, length):
     """Where the tokens of this batch entry end."""
     if lengths is None:
-        return length
-    return tl.load(lengths + batch).to(tl.int32)
+        stop = length
+    else:
+        stop = tl.load(lengths + batch).to(tl.int32)
+    return stop
 
 
 @triton.jit
