@@ -13,7 +13,7 @@ import numpy as np
 
 from tokendyn.core._flow import channels
 from tokendyn.core._parallel import kernel
-from tokendyn.core._vector_math_numba import exp, softplus
+from tokendyn.core._elementary_numba import exp, softplus
 
 
 @kernel()
@@ -56,9 +56,11 @@ def dot(u, v):
 def project(matrix_T, x, out):
     """``out = matrix x`` for matrix_T (D, N) transposed; the identity if it has no elements."""
     if matrix_T.size == 0:
-        out[:] = x
+        for d in range(x.shape[0]):
+            out[d] = x[d]
         return
-    out[:] = 0.0
+    for n in range(out.shape[0]):
+        out[n] = 0.0
     for d in range(x.shape[0]):
         for n in range(out.shape[0]):
             out[n] += x[d] * matrix_T[d, n]
@@ -118,14 +120,19 @@ def softmax_attention(x, Q_T, K_T, V_T, causal, out, q, keys, values, weights):
     for l in range(length):
         seen = l + 1 if causal else length
         project(Q_T, x[l], q)
-        weights[:seen] = 0.0
+        for j in range(seen):
+            weights[j] = 0.0
         for n in range(q.shape[0]):
             for j in range(seen):
                 weights[j] += q[n] * keys[n, j]
-        largest = weights[:seen].max()
+        largest = weights[0]
+        for j in range(1, seen):
+            largest = max(largest, weights[j])
         for j in range(seen):
             weights[j] = exp(weights[j] - largest)
-        total = weights[:seen].sum()
+        total = 0.0
+        for j in range(seen):
+            total += weights[j]
         for d in range(D):
             out[l, d] = dot(weights[:seen], values[d, :seen]) / total
 
@@ -171,7 +178,8 @@ def _attentions(x, Q_T, K_T, V_T, softmax, causal, on_sphere, out):
 def autoregression(x, phi, out):
     """``Σ_{k=1..p} φ_k x_{l-k}`` of one sequence."""
     for l in range(x.shape[0]):
-        out[l] = 0.0
+        for d in range(x.shape[1]):
+            out[l, d] = 0.0
         for k in range(1, min(phi.shape[0], l) + 1):
             for d in range(x.shape[1]):
                 out[l, d] += phi[k - 1] * x[l - k, d]

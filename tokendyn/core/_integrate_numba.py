@@ -1,0 +1,351 @@
+"""The adaptive integrator: one trajectory from its start to its end, the whole loop compiled.
+
+Time itself is the first component of the state; the variable that is stepped, σ, runs at the rate ::
+
+    dt/dσ = 1                                linear clock: models on the sphere, which move at bounded rates
+    dt/dσ = 1 / (1 / (t + t_0) + ρ(x))       logarithmic clock; ρ = 0 where no token can blow up
+
+so growth to t = 1e32 takes a few hundred steps, and a blow-up, where ρ ~ 1/(p (T - t)), lies at σ = ∞ and is walked
+towards at an even pace until the time left is below the resolution of t.
+
+The system is triangular: token l moves by tokens 1 to l only. When token l blows up at T, the equations of tokens l
+and later end there, since they hold token l; the tokens before it go on alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tokendyn.core._dop853 import ERRORS, STAGES, combine, dense_coefficients, interpolate
+from tokendyn.core._flow_numba import dot
+from tokendyn.core._parallel import kernel
+from tokendyn.core._problem_numba import LINE, member, right_hand_side, work_space
+
+LINEAR_CLOCK, LOG_CLOCK, BLOW_UP_CLOCK = range(3)
+
+#: Why :func:`integrate` returned.
+RUNNING, REACHED_END, ALL_ENDED, TOLERANCE, OVERFLOW, ROOM, STOPPED = range(7)
+
+#: A blow-up is over when the e-folding time of its token is below this share of the time passed.
+_RESOLUTION = 4e-16
+#: Relative rates within this factor of the largest belong to tokens that blow up at the same time.
+_SAME_TIME = 1e-3
+_SAFETY, _SHRINK, _GROW = 0.9, 0.3, 6.0
+_REJECTIONS = 60
+
+
+class State(NamedTuple):
+    """Everything that a trajectory is between two calls of :func:`integrate`.
+
+    Attributes:
+        y: (1 + L D,) t, then the tokens as the problem holds them.
+        slopes: (16, 1 + L D).
+        numbers: (3,) step of σ, t_0, largest rate seen.
+        counts: (6,) tokens alive, steps, rejected steps, evaluations, next output, whether slopes[0] is there.
+        ended_at: (L,) time at which a token's equation ended, infinity while it has not.
+        ended_by: (L,) the token whose blow-up ended it, -1 while none has.
+    """
+
+    y: np.ndarray
+    slopes: np.ndarray
+    numbers: np.ndarray
+    counts: np.ndarray
+    ended_at: np.ndarray
+    ended_by: np.ndarray
+
+
+class Options(NamedTuple):
+    """What is asked of the integrator.
+
+    Attributes:
+        clock: ``LINEAR_CLOCK`` and so on.
+        rtol: error allowed a step, relative to a token's norm (on the line: to the token).
+        t_end: where to stop.
+        points: outputs a step if none are asked for by time, else 0.
+        budget: steps before control goes back to the caller.
+    """
+
+    clock: int
+    rtol: float
+    t_end: float
+    points: int
+    budget: int
+
+
+@kernel()
+def _slope(p, work, options, t_0, tokens, y, dy):
+    """d(t, tokens)/dσ at y = (t, tokens); returns the bound of the right-hand side on the rates of change."""
+    rate = right_hand_side(p, work, tokens, y[1:], dy[1:])
+    if options.clock == LINEAR_CLOCK:
+        dy[0] = 1.0
+        return rate
+    pace = 1.0 / (y[0] + t_0)
+    if options.clock == BLOW_UP_CLOCK:
+        pace += rate
+    pace = 1.0 / pace
+    dy[0] = pace
+    for i in range(1, 1 + tokens * p.D):
+        dy[i] *= pace
+    return rate
+
+
+@kernel()
+def _error(p, options, tokens, y, end, slopes, step, scratch):
+    """The largest error of a step in units of what is allowed; infinity if anything is not finite."""
+    n = 1 + tokens * p.D
+    third = fifth = 0.0
+    for which in range(2):
+        for i in range(n):
+            scratch[i] = 0.0
+        combine(scratch[:n], slopes, ERRORS[which], 1.0, scratch[:n])
+        worst = abs(scratch[0]) / slopes[0, 0]  # an error of t moves the tokens by as much of σ
+        if p.model == LINE:
+            for i in range(1, n):
+                worst = max(worst, abs(scratch[i]))
+        else:
+            for l in range(tokens):
+                norm = square = 0.0
+                for i in range(1 + l * p.D, 1 + (l + 1) * p.D):
+                    norm += max(y[i] * y[i], end[i] * end[i])
+                    square += scratch[i] * scratch[i]
+                if norm > 0.0:
+                    worst = max(worst, np.sqrt(square / norm))
+        third, fifth = fifth, worst
+    if not np.isfinite(third + fifth) or not np.isfinite(end[0]):
+        return np.inf
+    if fifth == 0.0:
+        return 0.0
+    return step * fifth * fifth / np.sqrt(fifth * fifth + 0.01 * third * third) / options.rtol
+
+
+@kernel()
+def _when(y, coefficients, time):
+    """The share of the step at which the dense output of t, a rising function, equals ``time``."""
+    low, high = 0.0, 1.0
+    at = np.empty(1)
+    theta = (time - y[0]) / coefficients[0, 0]
+    for _ in range(60):
+        theta = min(max(theta, low), high)
+        interpolate(y[:1], coefficients, theta, at)
+        late = at[0] - time
+        if late > 0.0:
+            high = theta
+        else:
+            low = theta
+        before = theta
+        # secant slope of the bracket's own polynomial: a finite difference is enough, the bracket keeps it safe
+        interpolate(y[:1], coefficients, theta + 1e-6, at)
+        slope = (at[0] - time - late) * 1e6
+        theta = theta - late / slope if slope > 0.0 else 0.5 * (low + high)
+        if not low <= theta <= high:
+            theta = 0.5 * (low + high)
+        if abs(theta - before) <= 1e-15 or low == high:
+            break
+    return theta
+
+
+@kernel()
+def _growth(p, tokens, y, slopes, l):
+    """d ln|x_l| / dσ at the beginning of the slopes."""
+    if p.model == LINE:
+        return slopes[0, 1 + l]
+    first = 1 + l * p.D
+    along = norm = 0.0
+    for i in range(first, first + p.D):
+        along += y[i] * slopes[0, i]
+        norm += y[i] * y[i]
+    return along / norm if norm > 0.0 else 0.0
+
+
+@kernel()
+def _blown_up(p, tokens, y, slopes):
+    """The first token that blows up here and now, or -1. ``slopes[0]`` belongs to y."""
+    largest = 0.0
+    for l in range(tokens):
+        largest = max(largest, _growth(p, tokens, y, slopes, l))
+    # dt/dσ over the growth a σ is the e-folding time
+    if largest <= 0.0 or slopes[0, 0] / largest > _RESOLUTION * y[0]:
+        return -1
+    for l in range(tokens):
+        if _growth(p, tokens, y, slopes, l) >= _SAME_TIME * largest:
+            return l
+    return -1
+
+
+@kernel()
+def _finite(v, n):
+    """Whether the first ``n`` of ``v`` are all finite."""
+    for i in range(n):
+        if not np.isfinite(v[i]):
+            return False
+    return True
+
+
+@kernel()
+def _write(y, n, out):
+    """The tokens of y = (t, tokens) to ``out``."""
+    for i in range(1, n):
+        out[i - 1] = y[i]
+
+
+@kernel()
+def _to_sphere(p, tokens, y):
+    """Tokens back to unit norm, from which the error of a step has carried them."""
+    for l in range(tokens):
+        x = y[1 + l * p.D : 1 + (l + 1) * p.D]
+        norm = np.sqrt(dot(x, x))
+        for d in range(p.D):
+            x[d] /= norm
+
+
+@kernel()
+def _start(p, work, options, state):
+    """The scale t_0 of the clock, the first slope and a first step; False if the slope is not finite."""
+    tokens = state.counts[0]
+    n = 1 + tokens * p.D
+    y, slopes, numbers = state.y[:n], state.slopes, state.numbers
+    if numbers[1] == 0.0:
+        rate = _slope(p, work, options, 1.0, tokens, y, slopes[0])
+        if options.clock == LOG_CLOCK and p.model != LINE:
+            rate = 0.0
+        numbers[1] = 1.0 / rate if rate > 0.0 else options.t_end
+    _slope(p, work, options, numbers[1], tokens, y, slopes[0])
+    state.counts[3] += 1
+    fastest = 1.0 / options.t_end if options.clock == LINEAR_CLOCK else 1.0
+    for l in range(tokens):
+        square = norm = 0.0
+        for i in range(1 + l * p.D, 1 + (l + 1) * p.D):
+            square += slopes[0, i] * slopes[0, i]
+            norm += y[i] * y[i]
+        if p.model == LINE:
+            norm = 1.0
+        if norm > 0.0:
+            fastest = max(fastest, np.sqrt(square / norm))
+    numbers[0] = 0.1 / fastest
+    return _finite(slopes[0], n)
+
+
+@kernel()
+def integrate(p, options, state, times, out_times, out, stop):
+    """Carry one trajectory on, and say why it was left.
+
+    Args:
+        p: :class:`Problem` of one trajectory.
+        options: :class:`Options`.
+        state: :class:`State`, changed in place.
+        times: rising output times, or none: then ``options.points`` outputs a step are made.
+        out_times, out: (n,) and (n, L D) outputs. Tokens that have ended keep what stands there.
+        stop: (1,) set to non-zero by another thread to have the integration left.
+    """
+    counts = state.counts
+    length = state.ended_at.shape[0]
+    work = work_space(p, length)
+    size = state.y.shape[0]
+    stage, end, scratch = np.empty(size), np.empty(size), np.empty(size)
+    dense = np.empty((7, size))
+    used = 0
+    while True:
+        tokens = counts[0]
+        n = 1 + tokens * p.D
+        y, slopes = state.y[:n], state.slopes
+        if tokens == 0:
+            return ALL_ENDED
+        if y[0] >= options.t_end:
+            return REACHED_END
+        if used >= options.budget:
+            return RUNNING
+        if stop[0] != 0:
+            return STOPPED
+        if options.points > 0 and counts[4] + options.points > out_times.shape[0]:
+            return ROOM
+        if counts[5] == 0:
+            if not _start(p, work, options, state):
+                return OVERFLOW
+            counts[5] = 1
+        step, t_0 = state.numbers[0], state.numbers[1]
+        if options.clock == LINEAR_CLOCK:
+            step = min(step, options.t_end - y[0])
+
+        # one step, made smaller until its error is allowed
+        last_rejected = False
+        accepted = False
+        for _ in range(_REJECTIONS):
+            for s in range(1, 12):
+                combine(y, slopes, STAGES[s, :s], step, stage[:n])
+                _slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
+            combine(y, slopes, STAGES[12, :12], step, end[:n])
+            counts[3] += 11
+            error = _error(p, options, tokens, y, end, slopes, step, scratch)
+            if error <= 1.0:
+                accepted = True
+                break
+            counts[2] += 1
+            last_rejected = True
+            step *= max(_SHRINK, _SAFETY * error**-0.125) if np.isfinite(error) else 0.1
+        if not accepted:
+            state.numbers[0] = step
+            return OVERFLOW if not np.isfinite(error) else TOLERANCE
+        if p.sphere:
+            _to_sphere(p, tokens, end)
+        _slope(p, work, options, t_0, tokens, end[:n], slopes[12])
+        counts[1] += 1
+        counts[3] += 1
+        used += 1
+        if not _finite(slopes[12], n):
+            return OVERFLOW
+
+        # outputs inside the step
+        reached = end[0] >= options.t_end * (1.0 - 4e-16)
+        asked = counts[4] < times.shape[0] and times[counts[4]] <= min(end[0], options.t_end)
+        if reached and options.clock == LINEAR_CLOCK:
+            end[0] = options.t_end
+        if options.points > 0 or asked or end[0] > options.t_end:
+            for s in range(13, 16):
+                combine(y, slopes, STAGES[s, :s], step, stage[:n])
+                _slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
+            counts[3] += 3
+            dense_coefficients(y, end[:n], slopes, step, dense)
+            share = _when(y, dense, options.t_end) if end[0] > options.t_end else 1.0
+            for point in range(options.points):
+                interpolate(y, dense, share * (point + 1) / options.points, stage[:n])
+                out_times[counts[4]] = stage[0]
+                _write(stage, n, out[counts[4]])
+                counts[4] += 1
+            while counts[4] < times.shape[0] and times[counts[4]] <= min(end[0], options.t_end):
+                interpolate(y, dense, _when(y, dense, times[counts[4]]), stage[:n])
+                out_times[counts[4]] = times[counts[4]]
+                _write(stage, n, out[counts[4]])
+                counts[4] += 1
+            if end[0] > options.t_end:
+                interpolate(y, dense, share, end[:n])
+                end[0] = options.t_end
+        for i in range(n):
+            y[i] = end[i]
+        for i in range(n):
+            slopes[0, i] = slopes[12, i]
+        grow = _GROW if error == 0.0 else min(_GROW, max(_SHRINK, _SAFETY * error**-0.125))
+        state.numbers[0] = step * (min(grow, 1.0) if last_rejected else grow)
+
+        if options.clock == BLOW_UP_CLOCK and not reached:
+            l = _blown_up(p, tokens, y, slopes)
+            if l >= 0:
+                for ended in range(l, tokens):
+                    state.ended_at[ended] = y[0]
+                    state.ended_by[ended] = l
+                counts[0] = l
+                counts[5] = 0
+
+
+@kernel()
+def integrate_many(first, last, ensemble, options, state, times, out_times, out, reasons, stop):
+    """:func:`integrate` for trajectories ``first`` to ``last`` of an ensemble, each with steps of its own.
+
+    ``ensemble``, ``state`` (but for its slopes, which are made here), ``out_times``, ``out`` and ``reasons`` have one
+    more axis in front. A trajectory that ``stop`` left unfinished has the reason ``STOPPED``.
+    """
+    slopes = np.empty((16, state.y.shape[1]))
+    for i in range(first, last):
+        one = State(state.y[i], slopes, state.numbers[i], state.counts[i], state.ended_at[i], state.ended_by[i])
+        reasons[i] = integrate(member(ensemble, i), options, one, times, out_times[i], out[i], stop)
