@@ -31,6 +31,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture(scope="session")
+def backends(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The backends that the equivalence tests run."""
+    return chosen_backends(request.config)
+
+
+def chosen_backends(config: pytest.Config) -> tuple[str, ...]:
+    from tokendyn._dispatch import BACKENDS
+
+    chosen = tuple(config.getoption("--backends").split(","))
+    unknown = [name for name in chosen if name not in BACKENDS]
+    if unknown:
+        raise pytest.UsageError(f"--backends: unknown {unknown}, choose among {', '.join(BACKENDS)}")
+    return chosen
+
+
 @pytest.fixture(autouse=True)
 def _own_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the backend that another test, or the caller's environment, chose."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import chosen_backends
 from .record import Record
 
 _RECORD = pytest.StashKey[Record]()
@@ -16,15 +17,6 @@ _MODULE = Path(__file__).with_name("test_equivalence.py")
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest) -> Record:
     return request.config.stash.setdefault(_RECORD, Record())
-
-
-@pytest.fixture(scope="session")
-def backends(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    return _backends(request.config)
-
-
-def _backends(config: pytest.Config) -> tuple[str, ...]:
-    return tuple(config.getoption("--backends").split(","))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -38,7 +30,7 @@ def _missing(config: pytest.Config) -> list[str]:
     asked = any(Path(argument).resolve() in (_MODULE, *_MODULE.parents) for argument in config.args)
     if not asked or config.stash.get(_DESELECTED, False) or config.option.collectonly:
         return []
-    return config.stash.get(_RECORD, Record()).missing(_backends(config))
+    return config.stash.get(_RECORD, Record()).missing(chosen_backends(config))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -42,7 +42,7 @@ class Record:
 
     def missing(self, backends: tuple[str, ...]) -> list[str]:
         """Operations and backends of which nothing was compared, or no gradient where there is one."""
-        found = []
+        found = [] if self.comparisons else ["anything at all"]
         for name, subject in SUBJECTS.items():
             for backend in subject.backends:
                 if backend not in backends:

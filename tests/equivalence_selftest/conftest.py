@@ -15,11 +15,6 @@ def caught(request: pytest.FixtureRequest) -> list[Catch]:
     return request.config.stash.setdefault(_CAUGHT, [])
 
 
-@pytest.fixture(scope="session")
-def backends(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    return tuple(request.config.getoption("--backends").split(","))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash.get(_CAUGHT, None)
     if not rows:
