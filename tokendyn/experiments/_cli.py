@@ -39,11 +39,14 @@ REQUIRED = {
 
 
 class Stopped(Exception):
-    """A signal asked the process to stop; everything is saved."""
+    """A signal asked the process to stop; everything is saved. Arguments: the signal, a message."""
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
+    @property
+    def number(self) -> int:
+        return self.args[0]
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class _Misuse(Exception):

@@ -85,12 +85,15 @@ class RunConfig:
     """Folder of the run; by default a new one under runs/, named after the preset."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue what is in the folder, exactly, or start if nothing is."""
+    jobs: int = 1
+    """Runs trained at the same time, each in a process of its own."""
     workers: int = 0
-    """Processes that prepare batches; 0 does it in the training process."""
+    """Processes that prepare the batches of a run; 0 does it where it is trained."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration as JSON and stop."""
 
     def __post_init__(self) -> None:
+        expect_at_least(self, 1, "jobs")
         expect_at_least(self, 0, "workers")
 
 

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 
+class Listener(Protocol):
+    """What a run tells about itself."""
+
+    def start(self, name: str, steps: int, done: int) -> None:
+        """Run ``name`` of ``steps`` begins, with ``done`` of them made earlier."""
+        ...
+
+    def advance(self) -> None:
+        """A step is made."""
+        ...
+
+    def evaluated(self, name: str, step: int, steps: int, loss: float, accuracy: float | None) -> None:
+        """Run ``name`` was evaluated on held-out data."""
+        ...
+
+    def say(self, message: str) -> None:
+        """A line for the user."""
+        ...
+
+
 class Progress:
-    """Progress of a study over all its runs.
+    """Progress of a study over all its runs (a :class:`Listener`).
 
     Args:
         total: steps of all runs together.
@@ -22,41 +42,34 @@ class Progress:
         if sys.stderr.isatty() if terminal is None else terminal:
             self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr)
         self._began = time.monotonic()
-        self._name = ""
-        self._steps = 0
 
     def start(self, name: str, steps: int, done: int) -> None:
-        """A run begins, with ``done`` of its ``steps`` made earlier."""
-        self._name, self._steps = name, steps
         if self._bar is not None:
-            self._bar.set_description_str(name)
             self._bar.update(done)
             # Steps made earlier took no time today: they would spoil the rate and the time left.
             self._bar.initial += done
-        elif done:
+        elif 0 < done < steps:
             self.say(f"{name}: continuing from step {done} of {steps}")
 
     def advance(self) -> None:
-        """One step is made."""
         if self._bar is not None:
             self._bar.update()
 
-    def evaluated(self, step: int, loss: float, accuracy: float | None) -> None:
-        """Held-out data were evaluated."""
+    def evaluated(self, name: str, step: int, steps: int, loss: float, accuracy: float | None) -> None:
         shown = f"held-out loss {loss:.3f}" + ("" if accuracy is None else f", accuracy {100 * accuracy:.1f} %")
         if self._bar is not None:
-            self._bar.set_postfix_str(shown)
+            self._bar.set_postfix_str(f"{name}: {shown}")
         else:
             seconds = int(time.monotonic() - self._began)
-            self.say(f"{seconds // 60:3d}:{seconds % 60:02d}  {self._name}  step {step}/{self._steps}  {shown}")
+            self.say(f"{seconds // 60:3d}:{seconds % 60:02d}  {name}  step {step}/{steps}  {shown}")
 
     def say(self, message: str) -> None:
-        """One line for the user, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
             print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()

@@ -5,6 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Protocol
+
+
+class StopRequest(Protocol):
+    """Whether to stop: the signal that asked for it, or None."""
+
+    @property
+    def received(self) -> int | None: ...
 
 
 class StopSignals:
@@ -30,7 +38,7 @@ class StopSignals:
         self.received = number
 
 
-def leave_signals_to_parent(_: int) -> None:
-    """For processes that prepare batches: Ctrl-C reaches them too, but their parent decides."""
+def leave_signals_to_parent(*_: object) -> None:
+    """For child processes: Ctrl-C reaches them too, but their parent decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

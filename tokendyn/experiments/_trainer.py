@@ -29,9 +29,9 @@ from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
 from tokendyn.experiments._files import remove_unfinished, write_json
 from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from tokendyn.experiments._progress import Progress
+from tokendyn.experiments._progress import Listener
 from tokendyn.experiments._records import Records
-from tokendyn.experiments._signals import StopSignals, leave_signals_to_parent
+from tokendyn.experiments._signals import StopRequest, leave_signals_to_parent
 
 
 @dataclass
@@ -128,8 +128,8 @@ class Trainer:
         train: TrainConfig,
         compute: ComputeConfig,
         workers: int,
-        progress: Progress,
-        signals: StopSignals,
+        progress: Listener,
+        signals: StopRequest,
         initialise_like: Task | None = None,
     ) -> None:
         self.task, self.name, self.seed, self.folder = task, name, seed, folder
@@ -208,11 +208,7 @@ class Trainer:
                 self._save()
                 began += time.perf_counter() - saving
             if stopping is not None and not last:
-                raise Stopped(
-                    stopping,
-                    f"stopped by signal {stopping} after step {self.step} of {self.total} ({self.name}); "
-                    f"everything is saved, continue with --resume auto",
-                )
+                raise Stopped(stopping, f"{self.name} stopped after step {self.step} of {self.total}; it is saved")
         result = {
             "name": self.name,
             "seed": self.seed,
@@ -229,10 +225,8 @@ class Trainer:
             _Steps(self.task, self.step, self.total),
             batch_size=None,  # one item is one whole batch
             num_workers=self.workers,
-            collate_fn=_as_it_is,
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # or the loader would draw from the global generator
-            pin_memory=False,
         )
         return iter(loader)
 
@@ -301,7 +295,8 @@ class Trainer:
         self._note_skipped(skipped)
         self._evaluation_seconds = time.perf_counter() - began
         self.metrics.append({"step": self.step, "split": "held_out", **self._held_out})
-        self.progress.evaluated(self.step, self._held_out["loss"], self._held_out.get("accuracy"))
+        measures = self._held_out
+        self.progress.evaluated(self.name, self.step, self.total, measures["loss"], measures.get("accuracy"))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bfloat16")
@@ -392,7 +387,3 @@ class _Steps(Dataset[Batch]):
 
     def __getitem__(self, place: int) -> Batch:
         return self.task.batch(self.start + place)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

@@ -126,6 +126,8 @@ def demo() -> ImageNetConfig:
             evaluate_every=22,
             checkpoint_every=44,
         ),
+        compute=ComputeConfig(threads=1),
+        run=RunConfig(jobs=2),
     )
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullLocator
 
 from tokendyn import Order
 from tokendyn.backends.torch.layers import record_orders
 from tokendyn.experiments._files import write_with
-from tokendyn.experiments._study import RunRecord
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._trainer import load_trained
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
@@ -26,7 +29,7 @@ from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, ImageTask, to_i
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", ":", "-.")
 EXAMPLES = 6
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -61,12 +64,10 @@ def draw_figure(
     with matplotlib.rc_context(STYLE):
         maps_height = 1.15 * (len(ordered) + 1) + 0.5 if ordered else 0.0
         figure = Figure(figsize=(11, 3.1 + maps_height), layout="constrained")
+        parts: Any = figure.subfigures(2, 1, height_ratios=[3.1, maps_height], hspace=0.02) if ordered else [figure]
+        _draw_curves(parts[0], config, runs, measures=bool(ordered))
         if ordered:
-            above, below = figure.subfigures(2, 1, height_ratios=[3.1, maps_height], hspace=0.02)
-            _draw_maps(below, ordered, config, images, runs, make_task)
-        else:
-            above = figure
-        _draw_curves(above, config, runs, measures=bool(ordered))
+            _draw_maps(parts[1], ordered, config, images, runs, make_task)
         folder.mkdir(exist_ok=True)
         paths = [folder / "study.png", folder / "study.svg"]
         write_with(paths[0], lambda place: figure.savefig(place, dpi=150))
@@ -91,20 +92,26 @@ def _draw_curves(
             for panel, key in ((panels[2], "effective_tokens"), (panels[3], "variance_kept")):
                 values = [[line["orders"][module][key] for line in run] for run in with_orders]
                 _band(panel, steps, values, colour, dashes, label)
-    panels[0].set_title("Held-out accuracy, %")
-    panels[1].set_title("Held-out loss")
-    panels[1].set_yscale("log")
+    seeds = len(config.seeds)
+    panels[0].set_title("Held-out accuracy, %\n" + (f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"))
     panels[0].legend(loc="lower right")
+    panels[1].set_title("Held-out loss\n")
+    low, high = panels[1].get_ylim()
+    if low <= 0 or high / low > 4:
+        panels[1].set_yscale("log")
+        panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[1].yaxis.set_major_formatter("{x:g}")
+        panels[1].yaxis.set_minor_locator(NullLocator())
     if measures:
         tokens = max(o["tokens"] for run in runs for line in run.metrics for o in line.get("orders", {}).values())
-        panels[2].set_title(f"Tokens averaged by a place, of {tokens}")
+        panels[2].set_title(f"Tokens averaged by a sorted place\n1: a sort, {tokens}: the mean of all")
         panels[2].set_yscale("log", base=2)
         panels[2].set_ylim(0.9, tokens * 1.12)
         ticks = [2**k for k in range(int(math.log2(tokens)) + 1)]
         panels[2].set_yticks(ticks, [str(tick) for tick in ticks])
-        panels[3].set_title("Variance between tokens kept")
-        panels[3].set_yscale("log")
         panels[2].legend(loc="best", fontsize=8)
+        panels[3].set_title("Variance between tokens kept\n1: all of it, 0: all tokens are alike")
+        panels[3].set_yscale("log")
     for panel in panels:
         panel.set_xlabel("step")
 
@@ -128,42 +135,48 @@ def _draw_maps(
     examples = [int(np.flatnonzero(held_out.labels == label)[0]) for label in np.unique(held_out.labels)[:EXAMPLES]]
     spread = np.linspace(0, len(held_out) - 1, min(MEASURED_IMAGES, len(held_out))).astype(np.int64)
     pixels, problems = held_out.read(np.concatenate([examples, spread]))
-    readable = [k for k in range(len(pixels)) if k >= len(examples) and k not in problems]
+    measured = [k for k in range(len(examples), len(pixels)) if k not in problems]
     columns = len(examples) + 1
-    panels = figure.subplots(len(ordered) + 1, columns, squeeze=False)
+    grid = figure.add_gridspec(len(ordered) + 1, columns + 1, width_ratios=[1.0] * columns + [0.09])
+    panels = np.array([[figure.add_subplot(grid[i, j]) for j in range(columns)] for i in range(len(ordered) + 1)])
     for panel in panels.flat:
         panel.set_xticks([])
         panel.set_yticks([])
         panel.spines[:].set_visible(False)
+        panel.grid(False)
     for panel, image, index in zip(panels[0], pixels, examples, strict=False):
         panel.imshow(image, interpolation="nearest")
         panel.set_title(images.classes[held_out.labels[index]], fontsize=8, loc="center")
-    panels[0, 0].set_ylabel("held-out\nimage", rotation=0, ha="right", va="center")
-    drawn = None
+    _label(panels[0, 0], "held-out images")
     for row, arm in zip(panels[1:], ordered, strict=True):
         run = next(run for run in runs if run.arm == arm)
         model = load_trained(make_task(arm, run.seed), run.folder)
         with torch.no_grad(), record_orders(model) as records:
             model(to_input(torch.from_numpy(pixels)))
-        order = next(found for found in records.values() if found)[0].order
-        places = mosaic(expected_places(order), len(pixels))
-        last = order.scores.shape[1] - 1
-        for panel, places_of_image in zip(row, [*places[: len(examples)], places[readable].mean(axis=0)], strict=True):
-            drawn = panel.imshow(places_of_image, cmap="viridis", vmin=0, vmax=last, interpolation="nearest")
-        row[0].set_ylabel(
-            f"{arm}\n({describe_order(resolve_arm(arm))})".replace(", ", ",\n"),
-            rotation=0,
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
-    panels[0, -1].set_title("")
-    panels[1, -1].set_title(f"mean of {len(readable)}", fontsize=8, loc="center")
-    assert drawn is not None
-    bar = figure.colorbar(drawn, ax=panels[1:, :].ravel().tolist(), fraction=0.02, pad=0.01)
-    bar.set_label("place in the scan", fontsize=8)
-    bar.set_ticks([0, round(bar.vmax)], labels=["first", "last"])
-    bar.outline.set_visible(False)  # type: ignore[operator]
+        record = next(found for found in records.values() if found)[0]
+        places = mosaic(expected_places(record.order), len(pixels))
+        tokens = record.order.scores.shape[1]
+        for panel, values in zip(row, [*places[: len(examples)], places[measured].mean(axis=0)], strict=True):
+            _draw_places(panel, values, tokens)
+        averaged = record.effective_tokens.mean().item()
+        order = describe_order(resolve_arm(arm)).replace(", ", ",\n")
+        _label(row[0], f"{arm}\n{order}\n(a place averages\n{averaged:.1f} of {tokens} tokens)")
+        if arm == ordered[0]:
+            raster = mosaic(np.tile(np.arange(float(tokens)), (len(places[0]) ** 2 // tokens, 1)), 1)[0]
+            drawn = _draw_places(panels[0, -1], raster, tokens)
+            bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[1:, columns]))
+            bar.set_label("place of the token in the scan", fontsize=8)
+            bar.set_ticks([0, tokens - 1], labels=["first", "last"])
+    panels[0, -1].set_title("without an order", fontsize=8, loc="center")
+    panels[1, -1].set_title(f"mean of {len(measured)} images", fontsize=8, loc="center")
+
+
+def _label(panel: Axes, text: str) -> None:
+    panel.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
+
+
+def _draw_places(panel: Axes, values: np.ndarray, tokens: int) -> AxesImage:
+    return panel.imshow(values, cmap="viridis", vmin=0, vmax=tokens - 1, interpolation="nearest")
 
 
 def expected_places(order: Order) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,12 @@ class ImageSet:
         unreadable: image -> why it cannot be read, of those in memory.
     """
 
-    names: Sequence[str]
+    names: list[str]
     labels: np.ndarray
     size: int
     max_pixels: int
     pixels: np.ndarray | None = None
-    files: Sequence[Path] = ()
+    files: list[Path] = field(default_factory=list)
     unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -138,7 +137,7 @@ def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_co
             )
         )
     if len(classes) < 2:
-        raise DataError(f"{base / 'train'} holds one class only ({classes[0]}), expected two or more")
+        raise DataError(f"{base / 'train'} holds one class only ({', '.join(classes)}), expected two or more")
     count = sum(len(files) for split in found.values() for files in split.values())
     cached = count * size * size * 3 <= cache_mb * 2**20
     sets = []

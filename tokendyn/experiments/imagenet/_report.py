@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokendyn.experiments._files import write_json
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._statistics import paired, summary
-from tokendyn.experiments._study import RunRecord
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._figure import draw_figure

@@ -6,13 +6,13 @@ import dataclasses
 import sys
 
 from tokendyn.errors import OptionError
-from tokendyn.experiments._study import open_folder, run_study
+from tokendyn.experiments._run_folder import open_folder
+from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import resolve_device
-from tokendyn.experiments.imagenet._arms import resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
 from tokendyn.experiments.imagenet._report import write_report
-from tokendyn.experiments.imagenet._task import ImageTask
+from tokendyn.experiments.imagenet._task import ImageTasks
 
 
 def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> None:
@@ -30,9 +30,7 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
     images = load_images(preset, config)
 
-    def make_task(arm: str, seed: int) -> ImageTask:
-        return ImageTask(images, config, resolve_arm(arm), seed)
-
+    make_task = ImageTasks(images, config)
     make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
     folder = open_folder(
         config.run,
@@ -44,15 +42,8 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
     )
     print(f"{preset}: {len(images.train)} training and {len(images.held_out)} held-out images; results in {folder}")
     sys.stdout.flush()
-    runs = run_study(
-        folder,
-        config.arms,
-        config.seeds,
-        make_task,
-        train=config.train,
-        compute=config.compute,
-        workers=config.run.workers,
-    )
+    study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
+    runs = study.run(config.run.jobs)
     if runs is None:
         print("other processes still train some of these runs; give the same command again for the report")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tokendyn.backends.torch import models
 from tokendyn.backends.torch.layers import record_orders
 from tokendyn.errors import DataError, OptionError
 from tokendyn.experiments._trainer import Batch
+from tokendyn.experiments.imagenet._arms import resolve_arm
 from tokendyn.experiments.imagenet._batches import training_batch
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, ImageSet
@@ -120,6 +122,17 @@ class ImageTask:
             }
             for name, (record, *_) in ((name, found) for name, found in records.items() if found)
         }
+
+
+@dataclass(frozen=True)
+class ImageTasks:
+    """The task of (arm, seed): what a study asks for. Can be pickled."""
+
+    images: Images
+    config: ImageNetConfig
+
+    def __call__(self, arm: str, seed: int) -> ImageTask:
+        return ImageTask(self.images, self.config, resolve_arm(arm), seed)
 
 
 def to_input(pixels: Tensor) -> Tensor:
