@@ -1,8 +1,9 @@
 """Who runs a selective scan: a list of engines, each of which says what it declines and why.
 
 ``engine="auto"`` takes the first in the list that does not decline, and logs once who took a call on an
-accelerator and why the others did not; naming one that declines is an error with its reason. To add an engine: write its ``declines`` and ``run`` and enter it into :data:`ENGINES`
-before ``plain``, which takes every call.
+accelerator and why the others did not; naming one that declines is an error with its reason. To add an
+engine: write its ``declines`` and ``run`` and enter it into :data:`ENGINES` before ``plain``, which takes
+every call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tokendyn.backends.torch.ops import _mamba_ssm, _scan_plain
+from tokendyn.backends.torch.ops import _mamba_ssm, _scan_chunked, _scan_plain
 from tokendyn.errors import EngineError, OptionError
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class ScanCall:
         given: names of the optional arrays that were given.
         delta_softplus, return_last_state: the options.
         needs_grad: some array requires a gradient and gradients are enabled.
-        transformed: a torch.func transform (grad, vmap, jvp) is active.
+        transformed: a torch.func transform (grad, vmap, jvp) or forward-mode differentiation is active.
     """
 
     batch: int
@@ -85,6 +86,7 @@ def _triton_run(*args: Any, **options: Any) -> Any:
 ENGINES: tuple[Engine, ...] = (
     Engine("triton", _triton_declines, _triton_run),
     Engine("mamba_ssm", _mamba_ssm.declines, _mamba_ssm.run),
+    Engine("chunked", _scan_chunked.declines, _scan_chunked.run),
     Engine("plain", lambda call: None, _scan_plain.run),
 )
 

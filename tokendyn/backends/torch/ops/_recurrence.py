@@ -6,78 +6,111 @@
     transposed  g_l = a_{l+1} g_{l+1} + x_l    g_L = 0
 
 They are the gradients of each other: with G the cotangent of h, the transposed recurrence of G is the
-cotangent of x, and times h_{l-1} that of a. So one function serves every derivative of every order.
+cotangent of x, and times h_{l-1} that of a. So one function serves derivatives of every order.
 
 Only products of the a's are made, never ratios, so growth (a > 1), resets (a = 0) and tiny a are exact.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-#: Up to this length one pass over the tokens, one step a token, is faster than blocks.
-_SEQUENTIAL_UP_TO = 64
+#: Where a step has fewer elements than this, launching it costs more than running it, and blocks pay although
+#: they triple the arithmetic.
+_LAUNCH_BOUND = {"cpu": 1 << 11}
+_LAUNCH_BOUND_ELSEWHERE = 1 << 19
+_SHORTEST_IN_BLOCKS = 48
 
 
 def linear_recurrence(
     a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None = None, *, transposed: bool = False
 ) -> torch.Tensor:
-    """Solve the recurrence above along axis 0.
+    """Solve one of the two recurrences above along axis 0. Differentiable to any order.
 
     Args:
         a: (L, ...) factors; axes of size 1 after the first broadcast against x.
         x: (L, ...) additive terms, of the same number of axes and dtype.
-        h0: (...) the state before the first token; forward only.
+        h0: (...) the state before the first token; forward form only.
         transposed: the second form of the two. It does not read ``a[0]``.
 
     Returns:
         (L, ...) all states, in the shape of x.
 
     Cost:
-        O(L) products and, where L is long, about 3 sqrt(L) steps instead of L.
+        O(L) products; L steps, or about 3 sqrt(L) where a step is too small to keep the device busy.
     """
+    # torch.compile takes no Function that has a forward-mode rule.
     rule = _Recurrence if torch.compiler.is_compiling() else _RecurrenceWithJvp
     return rule.apply(a, x, h0, transposed)
 
 
 def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
-    length = x.shape[0]
+    """Block by block: first every block from a zero state, all blocks in lockstep, and beside it the products
+    ``reach`` of the factors between the state before the block and each place; then the true states are handed
+    from block to block. With a single block this is the plain loop.
+    """
+    length = len(x)
+    block = _block_length(x)
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if transposed:
-        # Seen from the end, a_{l+1} stands where the forward recurrence has a_l.
-        at, step, shift = length - 1, -1, 1
-    else:
-        at, step, shift = 0, 1, 0
-    h[at] = x[at] if h0 is None else torch.addcmul(x[at], a[at], h0)
-    for _ in range(length - 1):
-        before, at = at, at + step
-        torch.addcmul(x[at], a[at + shift], h[before], out=h[at])
+    reach = torch.empty_like(a, memory_format=torch.contiguous_format) if block < length else None
+    toward = 1 if transposed else -1
+    for i in range(block):
+        # The i-th place of every block, seen in the direction of the recurrence; blocks are counted from where it
+        # starts. The block that comes first needs no reach.
+        here = slice((length - 1 - i) % block, length - i, block) if transposed else slice(i, length, block)
+        before = slice(here.start + toward, here.stop + toward, block)
+        factor = a[before if transposed else here]
+        if i == 0:
+            h[here] = x[here]
+            if reach is not None:
+                reach[here][: len(factor)] = factor
+        else:
+            torch.addcmul(x[here], factor, h[before], out=h[here])
+            if reach is not None:
+                torch.mul(factor, reach[before], out=reach[here])
+        if i == 0 and h0 is not None:
+            h[0].addcmul_(a[0], h0)
+    if reach is not None and transposed:
+        for stop in range(length - block, 0, -block):
+            span = slice(max(stop - block, 0), stop)
+            h[span].addcmul_(reach[span], h[stop])
+    elif reach is not None:
+        for start in range(block, length, block):
+            span = slice(start, start + block)
+            h[span].addcmul_(reach[span], h[start - 1])
     return h
 
 
-def _sum_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    axes = [i for i, (have, want) in enumerate(zip(value.shape, shape, strict=True)) if have != want]
-    return value.sum(axes, keepdim=True) if axes else value
+def _block_length(x: torch.Tensor) -> int:
+    length = len(x)
+    bound = _LAUNCH_BOUND.get(x.device.type, _LAUNCH_BOUND_ELSEWHERE)
+    if length < _SHORTEST_IN_BLOCKS or x.numel() >= bound * length:
+        return length
+    return math.isqrt(length // 2)
 
 
-def _before(h: torch.Tensor, h0: torch.Tensor | None) -> torch.Tensor:
-    """h_{l-1} at place l."""
-    first = torch.zeros_like(h[:1]) if h0 is None else h0.unsqueeze(0)
-    return torch.cat([first, h[:-1]])
+# One node for torch.compile, which would otherwise unroll the loop and copy all of h at every step of it.
+_solve_as_one_node = torch.library.custom_op(
+    "tokendyn::linear_recurrence",
+    _solve,
+    mutates_args=(),
+    schema="(Tensor a, Tensor x, Tensor? h0, bool transposed) -> Tensor",
+)
 
 
-def _after(h: torch.Tensor) -> torch.Tensor:
-    return torch.cat([h[1:], torch.zeros_like(h[:1])])
+@_solve_as_one_node.register_fake
+def _(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class _Recurrence(torch.autograd.Function):
-    generate_vmap_rule = False
-
     @staticmethod
     def forward(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
-        return _solve(a, x, h0, transposed)
+        solve = _solve_as_one_node if torch.compiler.is_compiling() else _solve
+        return solve(a, x, h0, transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -89,39 +122,47 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         a, h0, h = ctx.saved_tensors
         g = linear_recurrence(a, cotangents[0], transposed=not ctx.transposed)
-        if ctx.transposed:
-            da = _sum_to(_before(g, None) * h, a.shape) if ctx.needs_input_grad[0] else None
-            return da, g, None, None
-        da = _sum_to(g * _before(h, h0), a.shape) if ctx.needs_input_grad[0] else None
+        da = None
+        if ctx.needs_input_grad[0]:
+            da = _sum_to(_before(g, None) * h if ctx.transposed else g * _before(h, h0), a.shape)
         return da, g, None if h0 is None else a[0] * g[0], None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], a: Any, x: Any, h0: Any, transposed: bool) -> tuple[Any, int]:
-        # The mapped axis becomes the second: behind the tokens, before everything else.
-        def place(value: torch.Tensor, dim: int | None, at: int) -> torch.Tensor:
-            return value.unsqueeze(at) if dim is None else value.movedim(dim, at)
+        # The mapped axis becomes the second, behind the tokens.
+        def place(value: torch.Tensor, dim: int | None, at: int, spread: bool) -> torch.Tensor:
+            value = value.unsqueeze(at) if dim is None else value.movedim(dim, at)
+            return value.expand(*value.shape[:at], info.batch_size, *value.shape[at + 1 :]) if spread else value
 
-        a = place(a, in_dims[0], 1)
-        x = place(x, in_dims[1], 1)
-        h0 = None if h0 is None else place(h0, in_dims[2], 0)
-        if x.shape[1] != info.batch_size:
-            x = x.expand(x.shape[0], info.batch_size, *x.shape[2:])
-        if h0 is not None and h0.shape[0] != info.batch_size:
-            h0 = h0.expand(info.batch_size, *h0.shape[1:])
+        a = place(a, in_dims[0], 1, spread=False)
+        x = place(x, in_dims[1], 1, spread=True)
+        h0 = None if h0 is None else place(h0, in_dims[2], 0, spread=True)
         return linear_recurrence(a, x, h0, transposed=transposed), 1
 
 
 class _RecurrenceWithJvp(_Recurrence):
-    """The same with forward-mode derivatives, which torch.compile does not take in a Function."""
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         a, h0, h = ctx.saved_tensors
-        ta, tx, th0, _ = tangents
-        source = torch.zeros_like(h) if tx is None else tx
-        if ta is not None:
-            if ctx.transposed:
-                source = source + _after(h * ta)
-            else:
-                source = source + _before(h, h0) * ta
-        return linear_recurrence(a, source, th0, transposed=ctx.transposed)
+        da, dx, dh0, _ = tangents
+        source = torch.zeros_like(h) if dx is None else dx
+        if da is not None:
+            source = source + (_after(h * da) if ctx.transposed else _before(h, h0) * da)
+        return linear_recurrence(a, source, dh0, transposed=ctx.transposed)
+
+
+def _before(h: torch.Tensor, h0: torch.Tensor | None) -> torch.Tensor:
+    """h_{l-1} at place l."""
+    first = torch.zeros_like(h[:1]) if h0 is None else h0.unsqueeze(0)
+    return torch.cat([first, h[:-1]])
+
+
+def _after(h: torch.Tensor) -> torch.Tensor:
+    """h_{l+1} at place l."""
+    return torch.cat([h[1:], torch.zeros_like(h[:1])])
+
+
+def _sum_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Sum over the axes along which ``shape`` has size 1: the transpose of broadcasting."""
+    axes = [i for i, (have, want) in enumerate(zip(value.shape, shape, strict=True)) if have != want]
+    return value.sum(axes, keepdim=True) if axes else value

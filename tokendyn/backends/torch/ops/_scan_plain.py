@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +21,12 @@ def compute_dtype(*arrays: torch.Tensor) -> torch.dtype:
 
 
 def softplus(v: torch.Tensor) -> torch.Tensor:
-    """``ln(1 + e^v)``, exact: torch's own threshold of 20 errs by 2e-9, which float64 sees."""
-    return F.softplus(v, threshold=40.0)
+    """``ln(1 + e^v)``.
+
+    Not ``F.softplus``: its threshold of 20 errs by 2e-9, which float64 sees, and torch.compile mistakes the layout of
+    its gradient where the cotangent is laid out otherwise than v, as it is behind a projection.
+    """
+    return torch.logaddexp(v, v.new_zeros(()))
 
 
 def valid_tokens(lengths: torch.Tensor, length: int) -> torch.Tensor:
@@ -39,6 +45,40 @@ def step_size(
     return delta if valid is None else torch.where(valid.unsqueeze(1), delta, 0.0)
 
 
+@dataclass(frozen=True)
+class Recurrence:
+    """A scan brought to its core ``h_l = exp(Δ_l A) ∘ h_{l-1} + v_l B_l``, ``y_l = ⟨C_l, h_l⟩``.
+
+    Tokens come first and channels last, of each of the G groups, c = d / G: a step of the recurrence then works
+    on contiguous memory, with channels in the vector lanes.
+
+    Attributes:
+        step: (L, b, G, 1, c) step size Δ.
+        v: (L, b, G, 1, c) input Δ u.
+        A: (G, N, c), or (G, 1, c) for scalar A.
+        B, C: (L, b, G, N, 1).
+        h0: (b, G, N, c) or None.
+        resets: (L, b, 1, 1, 1) booleans or None: the state is 0 before this token.
+    """
+
+    step: torch.Tensor
+    v: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    h0: torch.Tensor | None
+    resets: torch.Tensor | None
+
+
+def solve_plainly(r: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (L, b, G, 1, c) and the last state (b, G, N, c), with all states of all tokens in memory."""
+    exponent = r.step * r.A
+    if r.resets is not None:
+        exponent = exponent.masked_fill(r.resets, -torch.inf)
+    h = linear_recurrence(exponent.exp(), r.v * r.B, r.h0)
+    return (r.C * h).sum(-2, keepdim=True), h[-1]
+
+
 def run(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -54,8 +94,9 @@ def run(
     return_last_state: bool = False,
     seq_idx: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    solve: Callable[[Recurrence], tuple[torch.Tensor, torch.Tensor]] = solve_plainly,
 ) -> Any:
-    """See :func:`tokendyn.selective_scan`. Tokens come first and channels last inside: (L, b, G, N, d/G)."""
+    """See :func:`tokendyn.selective_scan`; ``solve`` is what engines differ in."""
     out_dtype, dtype = u.dtype, compute_dtype(u)
     u, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
     D, z, delta_bias, initial_state = (None if t is None else t.to(dtype) for t in (D, z, delta_bias, initial_state))
@@ -71,28 +112,31 @@ def run(
         B, C = (torch.where(valid[:, None, None], t, 0.0) for t in (B, C))
         z = None if z is None else torch.where(valid[:, None], z, 0.0)
     delta = step_size(delta, delta_bias, delta_softplus, valid)
+    resets = None
+    if seq_idx is not None:
+        resets = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        resets = (resets if valid is None else resets & valid).T.reshape(length, b, 1, 1, 1)
 
     def tokens_first(t: torch.Tensor) -> torch.Tensor:
         return t.permute(2, 0, 1).reshape(length, b, groups, 1, d // groups)
 
-    A = A.reshape(d, -1).T.reshape(-1, groups, d // groups).transpose(0, 1)
-    step = tokens_first(delta)
-    exponent = step * A
-    if seq_idx is not None:
-        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        if valid is not None:
-            starts = starts & valid
-        exponent = exponent.masked_fill(starts.T.reshape(length, b, 1, 1, 1), -torch.inf)
-    source = tokens_first(delta * u) * B.permute(3, 0, 1, 2).unsqueeze(-1)
     if initial_state is not None:
-        initial_state = initial_state.reshape(b, groups, d // groups, state).transpose(2, 3)
-    h = linear_recurrence(exponent.exp(), source, initial_state)
-    y = (C.permute(3, 0, 1, 2).unsqueeze(-1) * h).sum(-2).reshape(length, b, d).permute(1, 2, 0)
+        initial_state = initial_state.reshape(b, groups, d // groups, state).mT
+    y, last_state = solve(
+        Recurrence(
+            step=tokens_first(delta),
+            v=tokens_first(delta * u),
+            A=A.reshape(groups, d // groups, -1).mT,
+            B=B.permute(3, 0, 1, 2).unsqueeze(-1),
+            C=C.permute(3, 0, 1, 2).unsqueeze(-1),
+            h0=initial_state,
+            resets=resets,
+        )
+    )
+    y = y.reshape(length, b, d).permute(1, 2, 0)
     if D is not None:
         y = y + D.unsqueeze(-1) * u
     if z is not None:
         y = y * F.silu(z)
     y = y.to(out_dtype)
-    if not return_last_state:
-        return y
-    return y, h[-1].transpose(2, 3).reshape(b, d, state)
+    return (y, last_state.mT.reshape(b, d, state)) if return_last_state else y
