@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from tokendyn.backends.numpy.ops._arrays import expect_dtype
-from tokendyn.core import _attention as spec
 
 
 def hidden_attention(delta: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
     """See :func:`tokendyn.hidden_attention`."""
-    dtype = expect_dtype("hidden_attention", delta)
-    return spec.hidden_attention(delta, *args, **kwargs).astype(dtype)
+    from tokendyn.core import _attention_numba
+
+    expect_dtype("hidden_attention", delta)
+    return _attention_numba.hidden_attention(delta, *args, **kwargs)

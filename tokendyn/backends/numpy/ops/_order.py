@@ -1,4 +1,4 @@
-"""Orders of tokens on NumPy arrays."""
+"""Orders of tokens on NumPy arrays: SoftSort of power 1 by two scans, of other powers by the spec's dense form."""
 
 from __future__ import annotations
 
@@ -16,16 +16,30 @@ def importance_score(x: np.ndarray, s_delta: np.ndarray | None, k: np.ndarray) -
     return x @ (k if s_delta is None else k @ s_delta)
 
 
-def softsort(scores: np.ndarray, x: np.ndarray, **options: Any) -> np.ndarray:
+def softsort(
+    scores: np.ndarray, x: np.ndarray, *, tau: float = 1.0, power: float = 1, ascending: bool = True
+) -> np.ndarray:
     """See :func:`tokendyn.softsort`."""
     expect_dtype("softsort", scores)
-    return spec.softsort(scores, x, **options).astype(expect_dtype("softsort", x))
+    dtype = expect_dtype("softsort", x)
+    if power == 1:
+        from tokendyn.core import _order_numba
+
+        return _order_numba.softsort(scores, x, tau=tau, ascending=ascending)
+    return spec.softsort(scores, x, tau=tau, power=power, ascending=ascending).astype(dtype)
 
 
-def softsort_restore(scores: np.ndarray, y: np.ndarray, **options: Any) -> np.ndarray:
+def softsort_restore(
+    scores: np.ndarray, y: np.ndarray, *, tau: float = 1.0, power: float = 1, ascending: bool = True
+) -> np.ndarray:
     """See :func:`tokendyn.softsort_restore`."""
     expect_dtype("softsort_restore", scores)
-    return spec.softsort_restore(scores, y, **options).astype(expect_dtype("softsort_restore", y))
+    dtype = expect_dtype("softsort_restore", y)
+    if power == 1:
+        from tokendyn.core import _order_numba
+
+        return _order_numba.softsort_restore(scores, y, tau=tau, ascending=ascending)
+    return spec.softsort_restore(scores, y, tau=tau, power=power, ascending=ascending).astype(dtype)
 
 
 def softsort_matrix(scores: np.ndarray, **options: Any) -> np.ndarray:
@@ -33,9 +47,14 @@ def softsort_matrix(scores: np.ndarray, **options: Any) -> np.ndarray:
     return spec.softsort_matrix(scores, **options).astype(expect_dtype("softsort_matrix", scores))
 
 
-def effective_tokens(scores: np.ndarray, **options: Any) -> np.ndarray:
+def effective_tokens(scores: np.ndarray, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> np.ndarray:
     """See :func:`tokendyn.effective_tokens`."""
-    return spec.effective_tokens(scores, **options).astype(expect_dtype("effective_tokens", scores))
+    dtype = expect_dtype("effective_tokens", scores)
+    if power == 1:
+        from tokendyn.core import _order_numba
+
+        return _order_numba.effective_tokens(scores, tau=tau, ascending=ascending)
+    return spec.effective_tokens(scores, tau=tau, power=power, ascending=ascending).astype(dtype)
 
 
 def hard_order(scores: np.ndarray, *, ascending: bool = True) -> np.ndarray:
