@@ -51,13 +51,14 @@ class Study:
             NonFiniteError, CheckpointError: see :meth:`~._trainer.Trainer.run`; the runs beside are saved.
         """
         pairs = [(arm, seed) for seed in self.seeds for arm in self.arms]
-        progress = Progress(sum(total_steps(self.make_task(*pair), self.train) for pair in pairs))
+        unfinished = [pair for pair in pairs if not (run_folder(self.folder, *pair) / "result.json").is_file()]
+        progress = Progress(sum(total_steps(self.make_task(*pair), self.train) for pair in unfinished))
         try:
             with StopSignals() as signals:
-                if jobs == 1:
-                    ours = [self.run_one(*pair, progress, signals) for pair in pairs]
+                if min(jobs, len(unfinished)) > 1:
+                    ours = run_jobs(self.run_one, unfinished, min(jobs, len(unfinished)), progress, signals)
                 else:
-                    ours = run_jobs(self.run_one, pairs, min(jobs, len(pairs)), progress, signals)
+                    ours = [self.run_one(*pair, progress, signals) for pair in unfinished]
                 if signals.received is not None:
                     raise Stopped(signals.received, "all runs are finished")
         except Stopped as stopped:
@@ -75,11 +76,7 @@ class Study:
         if signals.received is not None:
             raise Stopped(signals.received, f"{name} was not begun")
         with hold(place) as ours, numerics(self.compute):
-            if (place / "result.json").is_file():
-                steps = total_steps(task, self.train)
-                progress.start(name, steps, steps)
-                return True
-            if ours:
+            if ours and not (place / "result.json").is_file():  # another process may have finished it just now
                 Trainer(
                     task,
                     name=name,

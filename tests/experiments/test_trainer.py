@@ -1,0 +1,216 @@
+"""The trainer: exact resume, stops, and what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, trainer
+from tokendyn.errors import CheckpointError, NonFiniteError, OptionError
+from tokendyn.experiments import _random
+from tokendyn.experiments._cli import Stopped
+from tokendyn.experiments._config import TrainConfig
+from tokendyn.experiments._optim import learning_rate, make_optimizer
+from tokendyn.experiments._records import read_records
+from tokendyn.experiments._trainer import load_trained, numerics, resolve_device
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What two equal runs must have equal: metrics, result, and the last checkpoint's tensors."""
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    files = [folder / "metrics.jsonl", folder / "result.json", *sorted(last.glob("*.safetensors"))]
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer(folder).run()
+    return contents(folder)
+
+
+@pytest.mark.parametrize("stops", [[1], [4], [5], [6], [11], [2, 3, 7]])
+def test_a_run_stopped_and_continued_ends_with_the_same_bits(
+    tmp_path: Path, uninterrupted: dict[str, bytes], stops: list[int]
+) -> None:
+    for stop in stops:
+        recorder = Recorder(steps=0, stop_after=stop - (0 if stop == stops[0] else stops[stops.index(stop) - 1]))
+        with pytest.raises(Stopped, match=f"stopped after step {stop} of 12"):
+            trainer(tmp_path, recorder=recorder).run()
+        torch.rand(7), np.random.rand(7)  # noqa: B018, NPY002 - what happens between must not matter
+    recorder = Recorder()
+    trainer(tmp_path, recorder=recorder).run()
+    assert recorder.started == [("tiny, seed 3", 12, stops[-1])]
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_run_that_lost_its_newest_checkpoint_ends_with_the_same_bits(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    with pytest.raises(Stopped):
+        trainer(tmp_path, recorder=Recorder(stop_after=9)).run()
+    newest = tmp_path / "checkpoints" / "step-00000009" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-2])
+    recorder = Recorder()
+    trainer(tmp_path, recorder=recorder).run()
+    assert "step-00000009 is damaged" in recorder.said[0]
+    assert recorder.started == [("tiny, seed 3", 12, 8)]
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_killed_run_without_a_checkpoint_begins_anew(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "split": "held_out", "loss": 1.0}\n{"ste')
+    trainer(tmp_path).run()
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_run_killed_before_its_result_was_written_writes_it(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    trainer(tmp_path).run()
+    (tmp_path / "result.json").unlink()
+    trainer(tmp_path).run()
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_batches_made_in_other_processes_change_no_bit(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    trainer(tmp_path, workers=2).run()
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_another_seed_is_another_run(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    trainer(tmp_path, seed=4).run()
+    assert contents(tmp_path)["metrics.jsonl"] != uninterrupted["metrics.jsonl"]
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = trainer(tmp_path, recorder=recorder).run()
+    metrics = read_records(tmp_path / "metrics.jsonl")
+    held_out = [line for line in metrics if line["split"] == "held_out"]
+    training = [line for line in metrics if line["split"] == "train"]
+    assert [line["step"] for line in held_out] == [0, 5, 10, 12]
+    assert [line["step"] for line in training] == [3, 6, 9, 12]
+    assert training[0].keys() == {"step", "split", "loss", "gradient_norm", "noise", "learning_rate"}
+    assert [line["steps"] for line in read_records(tmp_path / "timings.jsonl")] == [3, 3, 3, 3]
+    assert sorted(place.name for place in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert result == json.loads((tmp_path / "result.json").read_bytes())
+    assert result["held_out"] == {"loss": held_out[-1]["loss"]}
+    assert result["skipped"] == {"bad example": "bad example is bad"}
+    assert recorder.said == ["skipped: bad example is bad"]
+    assert result["parameters"] == 3 * 6 + 6 + 6 + 1
+    assert recorder.steps == 12
+
+
+def test_the_average_of_the_weights_is_evaluated_and_loaded(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.run()
+    loaded = load_trained(TinyTask(), tmp_path)
+    assert not loaded.training
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, run.evaluated_model.state_dict()[name])
+        assert not torch.equal(value, run.model.state_dict()[name])
+    with torch.no_grad():
+        assert TinyTask().evaluate(loaded, torch.device("cpu"))[0] == run.run()["held_out"]
+
+
+def test_no_checkpoint_to_load_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_trained(TinyTask(), tmp_path)
+
+
+def test_arms_start_equal_in_what_they_share(tmp_path: Path) -> None:
+    plain = trainer(tmp_path / "a").model.state_dict()
+    wider = trainer(tmp_path / "b", TinyTask(extra=True), initialise_like=TinyTask()).model.state_dict()
+    # The extra layer moves the names of the body; only the head has its name and shape in both.
+    assert torch.equal(wider["head.weight"], plain["head.weight"])
+    alone = trainer(tmp_path / "c", TinyTask(extra=True)).model.state_dict()
+    assert not torch.equal(alone["head.weight"], plain["head.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    run = trainer(tmp_path, TinyTask(nan_at=7))
+    with pytest.raises(NonFiniteError, match="tiny, seed 3, step 8 of 12: the loss is nan.*the update was not made"):
+        run.run()
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+    good = trainer(tmp_path / "good", recorder=Recorder(stop_after=7))
+    with pytest.raises(Stopped):
+        good.run()
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, good.model.state_dict()[name])
+
+
+def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.model["head"].bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"step 1 of 12: the norm of the gradient is inf.*head\.bias"):
+        run.run()
+
+
+def test_generators_are_captured_whole() -> None:
+    import random
+
+    _random.seed_everything(5)
+    random.gauss(0, 1), np.random.standard_normal(), torch.randn(3)  # noqa: B018, NPY002 - each leaves a half-used pair
+    state = _random.capture()
+
+    def draw() -> tuple[object, ...]:
+        return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist(), random.random()  # noqa: NPY002
+
+    first = draw()
+    _random.seed_everything(6)
+    _random.restore(state[0], json.loads(json.dumps(state[1])))
+    assert draw() == first
+
+
+def test_schedule() -> None:
+    config = TrainConfig(learning_rate=1.0, final_learning_rate=0.1, warmup=0.2)
+    rates = [learning_rate(step, 20, config) for step in range(20)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-12)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    np.testing.assert_allclose(rates[-1], 0.1, rtol=1e-12)
+    np.testing.assert_allclose(rates[4 + 15 // 2] + rates[4 + 15 - 15 // 2], 1.1, rtol=1e-12)  # a cosine's symmetry
+    assert learning_rate(0, 1, dataclasses.replace(config, warmup=0.0)) == 1.0
+
+
+def test_weight_decay_acts_on_matrices_only() -> None:
+    model = TinyTask().build_model()
+    model["head"].weight._no_weight_decay = True
+    groups = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.3, 1), (0.0, 3)]
+    assert groups[0]["params"][0] is model["body"][0].weight
+
+
+def test_torch_settings_are_put_back() -> None:
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with numerics(dataclasses.replace(COMPUTE, threads=3)):
+        assert torch.get_num_threads() == 3
+        assert torch.are_deterministic_algorithms_enabled()
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "meta", "cuda:99"])
+def test_devices_that_cannot_be_used(device: str) -> None:
+    with pytest.raises(OptionError, match="--device"):
+        resolve_device(device)
+
+
+def test_compiled_and_half_precision_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def without_compiler(model: torch.nn.Module) -> torch.nn.Module:
+        asked.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    compute = dataclasses.replace(COMPUTE, compile=True, precision="bfloat16")
+    run = trainer(tmp_path, compute=compute, train=dataclasses.replace(TRAIN, ema_decay=0.0))
+    run.run()
+    assert asked == [run.model]
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+    whole = trainer(tmp_path / "whole", train=dataclasses.replace(TRAIN, ema_decay=0.0))
+    whole.run()
+    assert read_records(tmp_path / "metrics.jsonl")[1]["loss"] != read_records(tmp_path / "whole/metrics.jsonl")[1]["loss"]
