@@ -14,6 +14,7 @@ from tokendyn.core._activations import sigmoid
 from tokendyn.core._scan import Scan, like_decay, spread
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinities and NaN travel on, as in any engine
 def hidden_attention(
     delta: Any,
     A: Any,
@@ -47,6 +48,7 @@ def hidden_attention(
     return P
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def hidden_attention_vjp(
     dout: Any,
     delta: Any,

@@ -91,6 +91,7 @@ def sequence_starts(seq_idx: Any, batch: int, length: int) -> np.ndarray:
     return starts
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinities and NaN travel on, as in any engine
 def selective_scan(
     u: Any,
     delta: Any,
@@ -128,6 +129,7 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def selective_scan_vjp(
     dout: Any,
     u: Any,
