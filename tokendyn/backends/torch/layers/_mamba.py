@@ -114,7 +114,7 @@ class Mamba(S6):
         if inference_params is not None:
             return self._decode(hidden_states, inference_params)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+        x = self._convolve(x)
         order = self.token_order(x)
         if order is None or self.order is None:
             return self.out_proj(self.scan(x, z))
@@ -154,6 +154,10 @@ class Mamba(S6):
         ssm_state.copy_(state)
         return self.out_proj(y), conv_state, ssm_state
 
+    def _convolve(self, x: Tensor) -> Tensor:
+        """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it."""
+        return F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+
     def _decode(self, hidden_states: Tensor, inference_params: Any) -> Tensor:
         if self.order is not None:
             raise OptionError(
@@ -170,7 +174,6 @@ class Mamba(S6):
             return self.step(hidden_states, conv_state, ssm_state)[0]
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
-        x = F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
-        y, state = self.scan(x, z, return_last_state=True)
+        y, state = self.scan(self._convolve(x), z, return_last_state=True)
         ssm_state.copy_(state)
         return self.out_proj(y)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
@@ -105,14 +104,15 @@ class MambaVision(nn.Module):
         ):
             if len(values) != count:
                 raise OptionError(f"MambaVision: {name} is {values!r}, expected {count} values")
-        for name, values in (("dims", dims), ("depths", depths), ("window_size", window_size)):
-            for value in values:
+            for value in () if name == "downsample" else values:
                 check.expect_size("MambaVision", f"an entry of {name}", value)
+        check.expect_size("MambaVision", "in_dim", in_dim)
+        check.expect_size("MambaVision", "in_chans", in_chans)
         selective = tuple((depth + 1) // 2 for depth in depths[2:])
-        for block in order_blocks if order is not None else ():
-            if not 0 <= block < min(selective):
+        for index in order_blocks if order is not None else ():
+            if not 0 <= index < min(selective):
                 raise OptionError(
-                    f"MambaVision: order_blocks holds {block}, expected indices of selective mixers: with depths = "
+                    f"MambaVision: order_blocks holds {index}, expected indices of selective mixers: with depths = "
                     f"{tuple(depths)} these are 0 to {min(selective) - 1}"
                 )
         if not 0 <= drop_path_rate < 1:
@@ -122,47 +122,55 @@ class MambaVision(nn.Module):
         self.num_classes = num_classes
         self.parity = parity
         self.patch_embed = Stem(in_chans, in_dim, dims[0], stem_stride)
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+
+        def mixer(stage: int, index: int) -> nn.Module:
+            if index >= selective[stage - 2]:
+                return Attention(
+                    dims[stage],
+                    num_heads[stage - 2],
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    attn_drop=attn_drop_rate,
+                    proj_drop=drop_rate,
+                )
+            return MambaVisionMixer(
+                dims[stage],
+                d_state,
+                d_conv,
+                expand,
+                conv_bias=conv_bias,
+                io_regime=io_regime,
+                io_form=io_form,
+                order=order if index in order_blocks else None,
+                parity=parity,
+            )
+
+        def block(stage: int, index: int, drop_path: float) -> nn.Module:
+            if stage < 2:
+                return ConvBlock(dims[stage], drop_path, layer_scale_conv)
+            return MixerBlock(
+                mixer(stage, index),
+                dims[stage],
+                mlp_ratio=mlp_ratio,
+                drop=drop_rate,
+                drop_path=drop_path,
+                layer_scale=layer_scale,
+            )
+
+        blocks = sum(depths)
+        rates = iter(drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks))
         self.levels = nn.ModuleList()
         for stage in range(4):
-            width, blocks = dims[stage], []
-            for index in range(depths[stage]):
-                if stage < 2:
-                    blocks.append(ConvBlock(width, next(drop_path), layer_scale_conv))
-                    continue
-                if index < selective[stage - 2]:
-                    mixer: nn.Module = MambaVisionMixer(
-                        width,
-                        d_state,
-                        d_conv,
-                        expand,
-                        conv_bias=conv_bias,
-                        io_regime=io_regime,
-                        io_form=io_form,
-                        order=order if index in order_blocks else None,
-                        parity=parity,
-                    )
-                else:
-                    mixer = Attention(
-                        width,
-                        num_heads[stage - 2],
-                        qkv_bias=qkv_bias,
-                        qk_norm=qk_norm,
-                        attn_drop=attn_drop_rate,
-                        proj_drop=drop_rate,
-                    )
-                blocks.append(
-                    MixerBlock(
-                        mixer,
-                        width,
-                        mlp_ratio=mlp_ratio,
-                        drop=drop_rate,
-                        drop_path=next(drop_path),
-                        layer_scale=layer_scale,
-                    )
+            to_next = None
+            if stage < 3:
+                to_next = Downsample(dims[stage], dims[stage + 1], stride=2 if downsample[stage] else 1)
+            self.levels.append(
+                Stage(
+                    [block(stage, index, next(rates)) for index in range(depths[stage])],
+                    to_next,
+                    None if stage < 2 else window_size[stage - 2],
                 )
-            to_next = Downsample(width, dims[stage + 1], 2 if downsample[stage] else 1) if stage < 3 else None
-            self.levels.append(Stage(blocks, to_next, None if stage < 2 else window_size[stage - 2]))
+            )
         self.norm = nn.BatchNorm2d(dims[3])
         self.head = nn.Linear(dims[3], num_classes) if num_classes > 0 else nn.Identity()
         self.apply(self._init_weights)
@@ -216,10 +224,10 @@ def mambavision_16px(**options: Any) -> MambaVision:
     """
     return _sized(
         options,
-        dims=(16, 24, 48, 64),
+        dims=(16, 24, 32, 48),
         in_dim=16,
         depths=(1, 1, 2, 2),
-        num_heads=(3, 4),
+        num_heads=(2, 3),
         window_size=(8, 8),
         stem_stride=2,
         downsample=(False, False, False),
