@@ -119,13 +119,13 @@ def expect_choice(operation: str, name: str, value: object, choices: Iterable[ob
 def expect_positive(operation: str, name: str, value: object) -> None:
     """``value`` is a finite Python number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise OptionError(f"{operation}: {name} is {value!r}, expected a finite number above 0")
+        raise OptionError(f"{operation}: {name} is {value!r}, expected a finite Python number above 0")
 
 
 def expect_number(operation: str, name: str, value: object) -> None:
     """``value`` is a finite Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise OptionError(f"{operation}: {name} is {value!r}, expected a finite number")
+        raise OptionError(f"{operation}: {name} is {value!r}, expected a finite Python number")
 
 
 def expect_size(operation: str, name: str, value: object) -> int:

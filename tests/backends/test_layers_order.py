@@ -313,7 +313,7 @@ def test_the_published_order() -> None:
     ("make", "words"),
     [
         (lambda: OrderConfig("sort"), "method is 'sort', expected one of 'softsort', 'hard'"),
-        (lambda: OrderConfig(tau=0), "tau is 0, expected a finite number above 0"),
+        (lambda: OrderConfig(tau=0), "tau is 0, expected a finite Python number above 0"),
         (lambda: OrderConfig(power=-1), "power is -1"),
         (lambda: OrderConfig(reorder_gate=True), "restore and reorder_gate are both True"),
         (lambda: tt.Mamba(8, order="soft"), "'published', 'softsort'"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tokendyn import _checks as check
+from tokendyn._dispatch import backend_of
 from tokendyn._operations._table import operation
 
 if TYPE_CHECKING:
@@ -246,6 +248,7 @@ def token_order(
     """
     from tokendyn._order import Order
 
+    backend_of("token_order", {"scores": scores})
     check.expect_choice("token_order", "method", method, ORDER_METHODS)
     _check_order("token_order", scores, None, tau, power)
     return Order(
@@ -256,3 +259,16 @@ def token_order(
         power=power,
         ascending=ascending,
     )
+
+
+def _token_order_on(fixed: str) -> Callable[..., Order]:
+    """:func:`token_order` for arrays of one backend only."""
+
+    def bound(scores: Any, *args: Any, **kwargs: Any) -> Order:
+        backend_of("token_order", {"scores": scores}, fixed)
+        return token_order(scores, *args, **kwargs)
+
+    return bound
+
+
+token_order.on_backend = _token_order_on  # type: ignore[attr-defined]

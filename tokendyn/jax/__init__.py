@@ -24,7 +24,7 @@ softsort_matrix = _bind(_ops.softsort_matrix, "jax")
 softsort_restore = _bind(_ops.softsort_restore, "jax")
 sphere_flow = _bind(_ops.sphere_flow, "jax")
 take_tokens = _bind(_ops.take_tokens, "jax")
-token_order = _ops.token_order
+token_order = _bind(_ops.token_order, "jax")
 
 __all__ = [
     "attention_flow",

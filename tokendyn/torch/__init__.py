@@ -37,7 +37,7 @@ softsort_matrix = _bind(_ops.softsort_matrix, "torch")
 softsort_restore = _bind(_ops.softsort_restore, "torch")
 sphere_flow = _bind(_ops.sphere_flow, "torch")
 take_tokens = _bind(_ops.take_tokens, "torch")
-token_order = _ops.token_order
+token_order = _bind(_ops.token_order, "torch")
 
 __all__ = [
     "S6",
