@@ -91,7 +91,7 @@ def test_saving_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -
 
 def test_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     flip(save_checkpoint(tmp_path, make(1), keep=2) / "state.json")
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
         load_newest(tmp_path, lambda message: None)
 
 

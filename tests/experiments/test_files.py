@@ -30,9 +30,14 @@ def test_a_folder_that_fails_leaves_the_old_one_and_no_other(tmp_path: Path) -> 
     place = tmp_path / "step-1"
     with _files.new_folder(place) as temporary:
         (temporary / "a").write_text("old")
-    with pytest.raises(OSError, match="disk full"), _files.new_folder(place) as temporary:
-        (temporary / "a").write_text("new")
-        raise OSError("disk full")
+
+    def half_way() -> None:
+        with _files.new_folder(place) as temporary:
+            (temporary / "a").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        half_way()
     assert (place / "a").read_text() == "old"
     with _files.new_folder(place) as temporary:
         (temporary / "b").write_text("newer")

@@ -42,7 +42,7 @@ def test_a_run_stopped_and_continued_ends_with_the_same_bits(
         recorder = Recorder(steps=0, stop_after=stop - (0 if stop == stops[0] else stops[stops.index(stop) - 1]))
         with pytest.raises(Stopped, match=f"stopped after step {stop} of 12"):
             trainer(tmp_path, recorder=recorder).run()
-        torch.rand(7), np.random.rand(7)  # noqa: B018, NPY002 - what happens between must not matter
+        torch.rand(7), np.random.rand(7)  # noqa: NPY002 - what happens between must not matter
     recorder = Recorder()
     trainer(tmp_path, recorder=recorder).run()
     assert recorder.started == [("tiny, seed 3", 12, stops[-1])]
@@ -133,7 +133,7 @@ def test_arms_start_equal_in_what_they_share(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     run = trainer(tmp_path, TinyTask(nan_at=7))
-    with pytest.raises(NonFiniteError, match="tiny, seed 3, step 8 of 12: the loss is nan.*the update was not made"):
+    with pytest.raises(NonFiniteError, match=r"tiny, seed 3, step 8 of 12: the loss is nan.*the update was not made"):
         run.run()
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
     good = trainer(tmp_path / "good", recorder=Recorder(stop_after=7))
@@ -154,7 +154,7 @@ def test_generators_are_captured_whole() -> None:
     import random
 
     _random.seed_everything(5)
-    random.gauss(0, 1), np.random.standard_normal(), torch.randn(3)  # noqa: B018, NPY002 - each leaves a half-used pair
+    random.gauss(0, 1), np.random.standard_normal(), torch.randn(3)  # noqa: NPY002 - each leaves a half-used pair
     state = _random.capture()
 
     def draw() -> tuple[object, ...]:
@@ -213,4 +213,6 @@ def test_compiled_and_half_precision_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
     whole = trainer(tmp_path / "whole", train=dataclasses.replace(TRAIN, ema_decay=0.0))
     whole.run()
-    assert read_records(tmp_path / "metrics.jsonl")[1]["loss"] != read_records(tmp_path / "whole/metrics.jsonl")[1]["loss"]
+    assert (
+        read_records(tmp_path / "metrics.jsonl")[1]["loss"] != read_records(tmp_path / "whole/metrics.jsonl")[1]["loss"]
+    )

@@ -238,7 +238,7 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         tensors = {key: value.to(self.device, non_blocking=True) for key, value in batch.tensors.items()}
-        with self._autocast():
+        with self._autocast(), self._named():
             loss, logged = self.task.loss(self._forward, tensors)
         self._expect_finite("the loss", loss.item())
         loss.backward()
@@ -263,6 +263,14 @@ class Trainer:
             if name not in self.skipped:
                 self.skipped[name] = reason
                 self.progress.say(f"skipped: {reason}")
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say in which run and step a non-finite value was met inside the model."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.name}, after {self.step} of {self.total} steps: {error}") from error
 
     def _expect_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):
@@ -289,7 +297,7 @@ class Trainer:
         model = self.evaluated_model
         was_training = model.training
         model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._named():
             self._held_out, skipped = self.task.evaluate(model, self.device)
         model.train(was_training)
         self._note_skipped(skipped)
