@@ -21,6 +21,7 @@ from tokendyn.backends.torch.ops._scan_triton_tiles import (
     STEPS,
     advance,
     kept,
+    load_shared,
     load_tile,
     retreat,
     sigmoid,
@@ -65,11 +66,10 @@ def chunk_states(
     u, delta, A, B, bias, seq_idx, lengths, ends, decays, work,
     u_b, u_d, u_l, delta_b, delta_d, delta_l, A_n,
     length, padded, channels, group_size, groups, blocks, state, chunks, items,
-    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr, VECTOR_B: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """State after every chunk if it were 0 before, and the factor by which a state decays across it."""
     lane = tl.arange(0, ROWS)
-    whole = tl.full([ROWS], padded, tl.int32)
     work += tl.program_id(0) * state * ROWS + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, rest = item % chunks, item // chunks
@@ -79,7 +79,7 @@ def chunk_states(
         stop = _stop(lengths, batch, length)
         u_rows = u + batch * u_b + rows.to(tl.int64) * u_d
         delta_rows = delta + batch * delta_b + rows.to(tl.int64) * delta_d
-        B_group = B + (batch * groups + group) * state * padded + tl.zeros([ROWS], tl.int64)
+        B_group = B + (batch * groups + group) * state * padded
         for n in range(state):
             tl.store(work + n * ROWS, tl.zeros([ROWS], tl.float32))
         total = tl.zeros([ROWS], tl.float32)
@@ -98,7 +98,7 @@ def chunk_states(
                     intact = tl.minimum(intact, tl.min(keep))
                 for n in range(state):
                     A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                    B_tile = load_tile(B_group + n * padded, whole, 1, start, VECTOR_B)
+                    B_tile = load_shared(B_group + n * padded + start)
                     if lengths is not None:
                         B_tile = tl.where(valid, B_tile, 0.0)
                     a = tl.exp2(step * (A_row * LOG2E)[:, None])
@@ -119,11 +119,10 @@ def chunk_costates(
     dy_b, dy_d, dy_l, delta_b, delta_d, delta_l, z_b, z_d, z_l, A_n,
     length, padded, channels, group_size, groups, blocks, state, chunks, items,
     SOFTPLUS: tl.constexpr, TILES: tl.constexpr,
-    VECTOR: tl.constexpr, VECTOR_DY: tl.constexpr, VECTOR_B: tl.constexpr,
+    VECTOR: tl.constexpr, VECTOR_DY: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the state before every chunk if that of the state after it were 0, and the chunk's decay."""
     lane = tl.arange(0, ROWS)
-    whole = tl.full([ROWS], padded, tl.int32)
     work += tl.program_id(0) * state * ROWS + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, rest = item % chunks, item // chunks
@@ -133,7 +132,7 @@ def chunk_costates(
         stop = _stop(lengths, batch, length)
         dy_rows = dy + batch * dy_b + rows.to(tl.int64) * dy_d
         delta_rows = delta + batch * delta_b + rows.to(tl.int64) * delta_d
-        C_group = C + (batch * groups + group) * state * padded + tl.zeros([ROWS], tl.int64)
+        C_group = C + (batch * groups + group) * state * padded
         for n in range(state):
             tl.store(work + n * ROWS, tl.zeros([ROWS], tl.float32))
         total = tl.zeros([ROWS], tl.float32)
@@ -156,7 +155,7 @@ def chunk_costates(
                     intact = tl.minimum(intact, tl.min(keep))
                 for n in range(state):
                     A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                    C_tile = load_tile(C_group + n * padded, whole, 1, start, VECTOR_B)
+                    C_tile = load_shared(C_group + n * padded + start)
                     if lengths is not None:
                         C_tile = tl.where(valid, C_tile, 0.0)
                     a = tl.exp2(step * (A_row * LOG2E)[:, None])
@@ -215,12 +214,11 @@ def outputs(
     u, delta, z, A, B, C, D, bias, seq_idx, lengths, states, y, work,
     u_b, u_d, u_l, delta_b, delta_d, delta_l, z_b, z_d, z_l, y_b, y_d, y_l, A_n,
     length, padded, channels, group_size, groups, blocks, state, chunks, items,
-    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr, VECTOR_B: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
     STORE_LAST: tl.constexpr,
 ):  # fmt: skip
     """y of every chunk from the state before it; with STORE_LAST also the state after it."""
     lane = tl.arange(0, ROWS)
-    whole = tl.full([ROWS], padded, tl.int32)
     work += tl.program_id(0) * state * ROWS + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, rest = item % chunks, item // chunks
@@ -231,7 +229,7 @@ def outputs(
         u_rows = u + batch * u_b + rows.to(tl.int64) * u_d
         delta_rows = delta + batch * delta_b + rows.to(tl.int64) * delta_d
         y_rows = y + batch * y_b + rows.to(tl.int64) * y_d
-        group_offset = (batch * groups + group) * state * padded + tl.zeros([ROWS], tl.int64)
+        group_offset = (batch * groups + group) * state * padded
         slot = states + (batch * (chunks + 1) + chunk) * state * channels + rows
         for n in range(state):
             tl.store(work + n * ROWS, tl.load(slot + n * channels, mask=exists, other=0.0))
@@ -252,8 +250,8 @@ def outputs(
                     out = tl.load(D + rows, mask=exists, other=0.0).to(tl.float32)[:, None] * value
                 for n in range(state):
                     A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                    B_tile = load_tile(B + group_offset + n * padded, whole, 1, start, VECTOR_B)
-                    C_tile = load_tile(C + group_offset + n * padded, whole, 1, start, VECTOR_B)
+                    B_tile = load_shared(B + group_offset + n * padded + start)
+                    C_tile = load_shared(C + group_offset + n * padded + start)
                     if lengths is not None:
                         B_tile = tl.where(valid, B_tile, 0.0)
                         C_tile = tl.where(valid, C_tile, 0.0)
@@ -283,7 +281,7 @@ def gradients(
     du_b, du_d, du_l, ddelta_b, ddelta_d, ddelta_l, dz_b, dz_d, dz_l, A_n,
     length, padded, channels, group_size, groups, blocks, bands, state, chunks, items,
     SOFTPLUS: tl.constexpr, TILES: tl.constexpr, BLOCKS_A_BAND: tl.constexpr,
-    VECTOR: tl.constexpr, VECTOR_DY: tl.constexpr, VECTOR_B: tl.constexpr,
+    VECTOR: tl.constexpr, VECTOR_DY: tl.constexpr,
     STORE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a chunk from the state before it and the gradient of the state after it.
@@ -296,7 +294,6 @@ def gradients(
     of 16 n ends in one (16, 32) accumulator of dB and dC. Sums over the blocks of a band are made in order.
     """
     lane = tl.arange(0, ROWS)
-    whole = tl.full([ROWS], padded, tl.int32)
     sixteen = tl.arange(0, 16)
     work += tl.program_id(0) * state * ROWS + lane
     tile_states += tl.program_id(0) * TILES * state * ROWS + lane
@@ -305,7 +302,7 @@ def gradients(
         band, rest = rest % bands, rest // bands
         group, batch = rest % groups, (rest // groups).to(tl.int64)
         stop = _stop(lengths, batch, length)
-        group_offset = (batch * groups + group) * state * padded + tl.zeros([ROWS], tl.int64)
+        group_offset = (batch * groups + group) * state * padded
         band_offset = ((batch * groups + group) * bands + band) * state * padded
         for part in range(BLOCKS_A_BAND):
             block = band * BLOCKS_A_BAND + part
@@ -339,7 +336,7 @@ def gradients(
                             keep = kept(seq_idx + batch * length, start, stop)
                         for n in range(state):
                             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                            B_tile = load_tile(B + group_offset + n * padded, whole, 1, start, VECTOR_B)
+                            B_tile = load_shared(B + group_offset + n * padded + start)
                             if lengths is not None:
                                 B_tile = tl.where(valid, B_tile, 0.0)
                             a = tl.exp2(step * (A_row * LOG2E)[:, None])
@@ -355,8 +352,9 @@ def gradients(
                     start = (chunk * TILES + tile) * STEPS
                     if start < length:
                         valid = (start + tl.arange(0, STEPS) < stop)[None, :]
-                        raw = load_tile(delta_rows, limits, delta_l, start, VECTOR)
-                        step = _step_sizes(raw, shift, valid, SOFTPLUS)
+                        step = _step_sizes(
+                            load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS
+                        )
                         value = tl.where(valid, load_tile(u_rows, limits, u_l, start, VECTOR), 0.0)
                         inflow = step * value
                         dout = tl.where(valid, load_tile(dy_rows, limits, dy_l, start, VECTOR_DY), 0.0)
@@ -374,8 +372,8 @@ def gradients(
                             sums = tl.zeros([16, 2 * STEPS], tl.float32)
                             for n in range(first_n, tl.minimum(first_n + 16, state)):
                                 A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                                B_tile = load_tile(B + group_offset + n * padded, whole, 1, start, VECTOR_B)
-                                C_tile = load_tile(C + group_offset + n * padded, whole, 1, start, VECTOR_B)
+                                B_tile = load_shared(B + group_offset + n * padded + start)
+                                C_tile = load_shared(C + group_offset + n * padded + start)
                                 if lengths is not None:
                                     B_tile = tl.where(valid, B_tile, 0.0)
                                     C_tile = tl.where(valid, C_tile, 0.0)
@@ -407,9 +405,12 @@ def gradients(
                                 dC_sum += tl.load(dC + at, mask=inside, other=0.0)
                             tl.store(dB + at, dB_sum, mask=inside)
                             tl.store(dC + at, dC_sum, mask=inside)
+                        # Read again rather than kept in registers through the loop over n.
+                        value = tl.where(valid, load_tile(u_rows, limits, u_l, start, VECTOR), 0.0)
                         dvalue = step * dinflow + skip[:, None] * dout
                         dstep += value * dinflow
                         if SOFTPLUS:
+                            raw = load_tile(delta_rows, limits, delta_l, start, VECTOR)
                             dstep *= sigmoid(raw + shift[:, None])
                         dstep = tl.where(valid, dstep, 0.0)
                         store_tile(du_rows, dvalue, limits, du_l, start, VECTOR)

@@ -90,6 +90,14 @@ def load_tile(pointers, limits, stride_l, start, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def load_shared(pointer):
+    """Sixteen float32 at ``pointer`` (16-byte aligned), the same for every row, as (ROWS, 16)."""
+    at = pointer + tl.zeros([ROWS], tl.int32)[:, None] + tl.arange(0, 4)[None, :]
+    x0, x1, x2, x3 = tl.load(at), tl.load(at + 4), tl.load(at + 8), tl.load(at + 12)
+    return tl.reshape(tl.permute(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [0, 2, 3, 1]), [ROWS, STEPS])
+
+
+@triton.jit
 def store_tile(pointers, tile, limits, stride_l, start, VECTOR: tl.constexpr):
     """The reverse of :func:`load_tile`."""
     tile = tile.to(pointers.dtype.element_ty)
