@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tokendyn.core._activations import sigmoid
-from tokendyn.core._scan import Scan, like_decay, spread
+from tokendyn.core._scan import Scan, like_decay, spread, through_softplus
 
 
 @np.errstate(over="ignore", invalid="ignore")  # infinities and NaN travel on, as in any engine
@@ -100,7 +99,7 @@ def hidden_attention_vjp(
                     dC[b, g, :, l] += dP * step * decay * s.B[b, g, :, j]
                     dB[b, g, :, j] += dP * step * decay * s.C[b, g, :, l]
     if delta_softplus:
-        draw = draw * sigmoid(s.raw)
+        draw = through_softplus(s, draw)
     gradients = {
         "delta": draw,
         "A": like_decay(dA, A),

@@ -193,7 +193,7 @@ def selective_scan_vjp(
             G = np.zeros_like(G) if s.starts[b, l] else decay * G
         dinitial[b, d] = G
     if delta_softplus:
-        draw = draw * sigmoid(s.raw)
+        draw = through_softplus(s, draw)
     gradients = {
         "u": du,
         "delta": draw,
@@ -210,6 +210,14 @@ def selective_scan_vjp(
     if initial_state is not None:
         gradients["initial_state"] = dinitial
     return gradients
+
+
+def through_softplus(s: Scan, dstep: np.ndarray) -> np.ndarray:
+    """The gradient of the raw step sizes from that of the steps; padding, which may hold anything, keeps its 0."""
+    draw = np.zeros_like(dstep)
+    for b, length in enumerate(s.lengths):
+        draw[b, :, :length] = dstep[b, :, :length] * sigmoid(s.raw[b, :, :length])
+    return draw
 
 
 def like_decay(dA: Any, A: Any) -> np.ndarray:
