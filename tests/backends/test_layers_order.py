@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -107,6 +110,13 @@ def test_soft_order_tends_to_the_hard_one() -> None:
     errors = [(block(OrderConfig("softsort", tau=tau))(h) - hard).norm().item() for tau in (1e-1, 1e-2, 1e-3, 1e-5)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-9 * hard.norm()
+
+
+def test_the_temperature_can_be_set_at_any_time() -> None:
+    h = tokens(2, 9, 6)
+    m = block(OrderConfig("softsort", tau=5.0))
+    m.order.tau = TAU
+    assert torch.equal(m(h), block(OrderConfig("softsort", tau=TAU))(h))
 
 
 def test_descending_order() -> None:
@@ -234,6 +244,23 @@ def test_recording_changes_nothing_and_tells_what_the_order_did() -> None:
     assert not record.order.scores.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_recording_sees_into_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    m = tt.TokenReorder(Cumulative(), 3, "hard")
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    x = tokens(1, 4, 3, dtype=torch.float32)
+    expected = compiled(x)
+    with tt.record_orders(compiled) as orders:
+        torch.testing.assert_close(compiled(x), expected)
+    assert len(orders["order"]) == 1
+    with tt.record_orders(m) as orders:
+        m.compile(fullgraph=True, backend="aot_eager")
+        m(x)
+    assert len(orders["order"]) == 1
+    assert not m.order._forward_hooks
+
+
 def test_what_temperature_one_does_to_small_scores() -> None:
     """At the published settings and a fresh layer's scores, sorting is averaging; a hard order keeps every token."""
     torch.manual_seed(0)
@@ -297,6 +324,14 @@ def test_token_reorder_restores_exactly() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- configuration
+
+
+def test_a_configuration_is_had_without_any_framework() -> None:
+    program = (
+        "import sys, tokendyn; tokendyn.OrderConfig.published(); print(sorted({'torch', 'jax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_published_order() -> None:

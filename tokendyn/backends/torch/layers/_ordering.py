@@ -178,14 +178,14 @@ def record_orders(model: nn.Module) -> Iterator[dict[str, list[OrderRecord]]]:
     >>> orders["levels.2.blocks.0.mixer.order"][0].effective_tokens
 
     Args:
-        model: any module.
+        model: any module. A compiled one runs eagerly meanwhile, since its graph calls no hooks.
 
     Yields:
         By the module's name, one :class:`OrderRecord` a forward pass that ordered anything.
     """
     records: dict[str, list[OrderRecord]] = {}
     handles = []
-    for name, module in model.named_modules():
+    for name, module in getattr(model, "_orig_mod", model).named_modules():
         if isinstance(module, TokenOrdering):
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], order: Order | None, name: str = name) -> None:
@@ -195,7 +195,8 @@ def record_orders(model: nn.Module) -> Iterator[dict[str, list[OrderRecord]]]:
             records[name] = []
             handles.append(module.register_forward_hook(hook))
     try:
-        yield records
+        with torch.compiler.set_stance("force_eager"):
+            yield records
     finally:
         for handle in handles:
             handle.remove()
