@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tokendyn.backends.torch.ops._scan_plain import compute_dtype, step_size, valid_tokens
+from tokendyn.backends.torch.ops._function import transformed
+from tokendyn.backends.torch.ops._precision import compute_dtype, without_autocast
+from tokendyn.backends.torch.ops._scan_plain import step_size, valid_tokens
 
 #: Elements of one (channels, b, R, L) block while an aggregate is made.
 _BLOCK_ELEMENTS = 1 << 22
@@ -54,18 +59,29 @@ def hidden_attention(
         group = first // per_group
         return _attention(step[:, first:last], A[first:last], B[:, group], C[:, group], visible, start)
 
-    if channel is not None:
-        return block(channel, channel + 1).squeeze(1).to(out_dtype)
-    if aggregate is None:
-        blocks = [block(first, first + per_group) for first in range(0, d, per_group)]
-        return torch.cat(blocks, 1).to(out_dtype)
-    width = min(per_group, max(1, _BLOCK_ELEMENTS // (b * (stop - start) * length)))
-    total = torch.zeros((b, stop - start, length), dtype=dtype, device=delta.device)
-    for low in range(0, d, per_group):
-        for first in range(low, low + per_group, width):
-            part = block(first, min(first + width, low + per_group))
-            total = total + (part.abs() if aggregate == "mean_abs" else part).sum(1)
-    return (total / d).to(out_dtype)
+    with without_autocast(delta):
+        if channel is not None:
+            return block(channel, channel + 1).squeeze(1).to(out_dtype)
+        if aggregate is None:
+            return torch.cat([block(first, first + per_group) for first in range(0, d, per_group)], 1).to(out_dtype)
+
+        def total(first: int, last: int) -> torch.Tensor:
+            weights = block(first, last)
+            return (weights.abs() if aggregate == "mean_abs" else weights).sum(1)
+
+        # So that autograd, too, never holds all channels: their blocks are made again in the backward pass.
+        frugal = functools.partial(checkpoint, total, use_reentrant=False) if _can_checkpoint() else total
+        width = min(per_group, max(1, _BLOCK_ELEMENTS // (b * (stop - start) * length)))
+        mean = torch.zeros((b, stop - start, length), dtype=dtype, device=delta.device)
+        for low in range(0, d, per_group):
+            for first in range(low, low + per_group, width):
+                mean = mean + frugal(first, min(first + width, low + per_group))
+        return (mean / d).to(out_dtype)
+
+
+def _can_checkpoint() -> bool:
+    """Checkpoints know neither torch.func nor forward mode."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed()
 
 
 def _attention(

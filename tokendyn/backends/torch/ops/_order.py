@@ -1,8 +1,8 @@
 """Orders of tokens: scores, SoftSort, hard orders and their inverses.
 
-With power 1, K_ij = exp(-|s_i - s_j|/τ) of sorted scores is semiseparable. In sorted coordinates
-SoftSort is ``P x = (K x) / (K 1)`` and its inverse ``K(y / Z) / K(1 / Z)`` with ``Z = K 1``, so both are
-a few decayed scans. Other powers are dense.
+With power 1, K_ij = exp(-|s_i - s_j|/τ) of sorted scores is semiseparable. In sorted coordinates SoftSort is
+``P x = (K x) / (K 1)`` and its inverse ``K(y / Z) / K(1 / Z)`` with ``Z = K 1``: products in linear time and memory.
+Short sequences, where the matrix is small and its product faster, and other powers are dense.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from __future__ import annotations
 import torch
 
 from tokendyn.backends.torch.ops._laplace import laplace_kernel
-from tokendyn.backends.torch.ops._scan_plain import compute_dtype
+from tokendyn.backends.torch.ops._precision import compute_dtype, without_autocast
+
+#: Up to this length the dense product takes less time than the linear one, forward and backward; both are exact.
+_DENSE_UP_TO = 256
 
 
 def importance_score(x: torch.Tensor, s_delta: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
     """See :func:`tokendyn.importance_score`."""
-    return x @ (k if s_delta is None else k @ s_delta)
+    dtype = compute_dtype(x)
+    with without_autocast(x):
+        direction = k.to(dtype) if s_delta is None else k.to(dtype) @ s_delta.to(dtype)
+        return (x.to(dtype) @ direction).to(x.dtype)
 
 
 def hard_order(scores: torch.Tensor, *, ascending: bool = True) -> torch.Tensor:
@@ -25,16 +31,20 @@ def hard_order(scores: torch.Tensor, *, ascending: bool = True) -> torch.Tensor:
 
 def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """See :func:`tokendyn.take_tokens`."""
-    return x.gather(1, _index(indices, x))
+    return x.flatten(0, 1).index_select(0, _rows(indices)).view_as(x)
 
 
 def put_tokens(y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """See :func:`tokendyn.put_tokens`."""
-    return torch.zeros_like(y).scatter(1, _index(indices, y), y)
+    rows = y.flatten(0, 1)
+    return torch.empty_like(rows).index_copy(0, _rows(indices), rows).view_as(y)
 
 
-def _index(indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return indices.long().unsqueeze(-1).expand_as(like)
+def _rows(indices: torch.Tensor) -> torch.Tensor:
+    """Places (b, L) in each sequence as places (b L,) in all of them end to end: whole rows move at once."""
+    b, length = indices.shape
+    starts = torch.arange(0, b * length, length, device=indices.device)
+    return (indices + starts.unsqueeze(-1)).flatten()
 
 
 def softsort(
@@ -43,11 +53,12 @@ def softsort(
     """See :func:`tokendyn.softsort`."""
     dtype = compute_dtype(scores, x)
     scores, values = scores.to(dtype), x.to(dtype)
-    if power != 1:
-        return (_matrix(scores, tau, power, ascending) @ values).to(x.dtype)
+    if _is_dense(scores, power):
+        with without_autocast(x):
+            return (_matrix(scores, tau, power, ascending) @ values).to(x.dtype)
     order, placed, ones = _sorted(scores, ascending)
-    mass = laplace_kernel(placed, ones, tau) + _poison(scores)
-    return (laplace_kernel(placed, take_tokens(values, order), tau) / mass).to(x.dtype)
+    summed = laplace_kernel(placed, torch.cat([take_tokens(values, order), ones], -1), tau)
+    return (summed[..., :-1] / (summed[..., -1:] + _poison(scores))).to(x.dtype)
 
 
 def softsort_restore(
@@ -56,13 +67,14 @@ def softsort_restore(
     """See :func:`tokendyn.softsort_restore`."""
     dtype = compute_dtype(scores, y)
     scores, values = scores.to(dtype), y.to(dtype)
-    if power != 1:
+    if _is_dense(scores, power):
         weights = _matrix(scores, tau, power, ascending).mT
-        return ((weights @ values) / weights.sum(-1, keepdim=True)).to(y.dtype)
+        with without_autocast(y):
+            return ((weights @ values) / weights.sum(-1, keepdim=True)).to(y.dtype)
     order, placed, ones = _sorted(scores, ascending)
     mass = laplace_kernel(placed, ones, tau) + _poison(scores)
-    restored = laplace_kernel(placed, values / mass, tau) / laplace_kernel(placed, ones / mass, tau)
-    return put_tokens(restored, order).to(y.dtype)
+    summed = laplace_kernel(placed, torch.cat([values, ones], -1) / mass, tau)
+    return put_tokens(summed[..., :-1] / summed[..., -1:], order).to(y.dtype)
 
 
 def softsort_matrix(
@@ -77,11 +89,15 @@ def effective_tokens(
 ) -> torch.Tensor:
     """See :func:`tokendyn.effective_tokens`."""
     wide = scores.detach().to(compute_dtype(scores))
-    if power != 1:
+    if _is_dense(scores, power):
         return _matrix(wide, tau, power, ascending).square().sum(-1).reciprocal().to(scores.dtype)
     _, placed, ones = _sorted(wide, ascending)
     mass = laplace_kernel(placed, ones, tau) + _poison(wide)
     return (mass.square() / laplace_kernel(placed, ones, tau / 2)).squeeze(-1).to(scores.dtype)
+
+
+def _is_dense(scores: torch.Tensor, power: float) -> bool:
+    return power != 1 or scores.shape[-1] <= _DENSE_UP_TO
 
 
 def _sorted(scores: torch.Tensor, ascending: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

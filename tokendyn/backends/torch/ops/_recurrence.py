@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from tokendyn.backends.torch.ops._function import Function
+
 #: Where a step has fewer elements than this, launching it costs more than running it, and blocks pay although
 #: they triple the arithmetic.
 _LAUNCH_BOUND = {"cpu": 1 << 11}
@@ -42,9 +44,7 @@ def linear_recurrence(
     Cost:
         O(L) products; L steps, or about 3 sqrt(L) where a step is too small to keep the device busy.
     """
-    # torch.compile takes no Function that has a forward-mode rule.
-    rule = _Recurrence if torch.compiler.is_compiling() else _RecurrenceWithJvp
-    return rule.apply(a, x, h0, transposed)
+    return _Recurrence.call(a, x, h0, transposed)
 
 
 def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: boo
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Recurrence(torch.autograd.Function):
+class _Recurrence(Function):
     @staticmethod
     def forward(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
         solve = _solve_as_one_node if torch.compiler.is_compiling() else _solve
@@ -139,10 +139,8 @@ class _Recurrence(torch.autograd.Function):
         h0 = None if h0 is None else place(h0, in_dims[2], 0, spread=True)
         return linear_recurrence(a, x, h0, transposed=transposed), 1
 
-
-class _RecurrenceWithJvp(_Recurrence):
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+    def tangent(ctx: Any, *tangents: Any) -> torch.Tensor:
         a, h0, h = ctx.saved_tensors
         da, dx, dh0, _ = tangents
         source = torch.zeros_like(h) if dx is None else dx

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from tokendyn.backends.torch.ops._engines import ScanCall, choose
+from tokendyn.backends.torch.ops._function import transformed
 
 
 def selective_scan(
@@ -51,7 +51,7 @@ def selective_scan(
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, *given.values())),
-        transformed=torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0,
+        transformed=transformed(),
     )
     return choose(engine, call).run(
         u, delta, A, B, C, delta_softplus=delta_softplus, return_last_state=return_last_state, **given

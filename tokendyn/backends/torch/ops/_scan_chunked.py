@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tokendyn.backends.torch.ops import _scan_plain
+from tokendyn.backends.torch.ops._precision import without_autocast
 from tokendyn.backends.torch.ops._scan_plain import Recurrence, solve_plainly
 
 #: Elements of one chunk of states: three such buffers fit into a core's second-level cache.
@@ -86,7 +87,7 @@ class _Chunked(torch.autograd.Function):
         h = chunks.states.new_zeros(chunks.states.shape[1:]) if h0 is None else h0
         y = torch.empty_like(v)
         before = []
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(step):
             for span in chunks.spans():
                 if keep:
                     before.append(h)
@@ -104,7 +105,7 @@ class _Chunked(torch.autograd.Function):
         before = ctx.saved_tensors[7:]
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return *_differentiable_vjp(Recurrence(*arrays, resets), dy, dh), None, None
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(arrays[0]):
             return *_vjp(Recurrence(*arrays, resets), before, dy, dh), None, None
 
 

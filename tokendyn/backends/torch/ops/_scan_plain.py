@@ -9,15 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tokendyn.backends.torch.ops._precision import compute_dtype
 from tokendyn.backends.torch.ops._recurrence import linear_recurrence
-
-
-def compute_dtype(*arrays: torch.Tensor) -> torch.dtype:
-    """float32 for half precision, else the widest dtype given."""
-    dtype = torch.float32
-    for array in arrays:
-        dtype = torch.promote_types(dtype, array.dtype)
-    return dtype
 
 
 def softplus(v: torch.Tensor) -> torch.Tensor:
