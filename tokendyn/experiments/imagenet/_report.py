@@ -12,7 +12,6 @@ from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._statistics import paired, summary
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
-from tokendyn.experiments.imagenet._figure import draw_figure
 from tokendyn.experiments.imagenet._images import Images
 from tokendyn.experiments.imagenet._task import ImageTask
 
@@ -29,6 +28,8 @@ def write_report(
     make_task: Callable[[str, int], ImageTask],
 ) -> None:
     """Write ``result.json`` and the figure, and print the table."""
+    from tokendyn.experiments.imagenet._figure import draw_figure  # only now: matplotlib takes a while to load
+
     result = {
         "format": FORMAT,
         "experiment": "imagenet",
