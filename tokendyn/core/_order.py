@@ -75,6 +75,7 @@ def put_tokens_vjp(dout: Any, y: Any, indices: Any) -> dict[str, np.ndarray]:
     return {"y": take_tokens(dout, indices)}
 
 
+@np.errstate(over="ignore")  # of |·|^power: the weight is then 0
 def softsort_matrix(scores: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> np.ndarray:
     """Spec of :func:`tokendyn.softsort_matrix`: ``P_{kl} = softmax_l(-|s_l - s_[k]|^power / tau)``.
 

@@ -171,6 +171,7 @@ def _reverse(
             store_rows(dbias_sum, d, width, dbias[b])
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinities and NaN travel on
 def selective_scan_vjp(
     dout: Any,
     u: Any,
