@@ -14,6 +14,7 @@ from tokendyn._dispatch import backend, use
 
 if TYPE_CHECKING:
     from tokendyn import core, errors, jax, torch
+    from tokendyn._dynamics import simulate, simulate_sphere
     from tokendyn._inputs import random_inputs
     from tokendyn._layers import OrderConfig
     from tokendyn._operations import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         token_order,
     )
     from tokendyn._order import Order
+    from tokendyn.core._trajectory import Trajectory
 
 __version__ = "0.1.0"
 
@@ -65,8 +67,10 @@ _LAZY = {
         "tokendyn._operations",
     ),
     "Order": "tokendyn._order",
+    "Trajectory": "tokendyn.core._trajectory",
     "OrderConfig": "tokendyn._layers",
     "random_inputs": "tokendyn._inputs",
+    **dict.fromkeys(("simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "errors", "jax", "torch")
 _CONSTRUCTORS = ("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t")
@@ -79,6 +83,7 @@ __all__ = [
     "Order",
     "OrderConfig",
     "TokenReorder",
+    "Trajectory",
     "__version__",
     "attention_flow",
     "autoregressive_flow",
@@ -97,6 +102,8 @@ __all__ = [
     "put_tokens",
     "random_inputs",
     "selective_scan",
+    "simulate",
+    "simulate_sphere",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

@@ -20,7 +20,7 @@ _ROUND = 6755399441055744.0  # 1.5 · 2^52: adding it rounds to an integer, left
 _LOWEST, _HIGHEST = -708.0, 709.0
 
 
-@intrinsic
+@intrinsic  # type: ignore[misc]
 def _times_power_of_two(typingctx: Any, y: Any, shifted: Any) -> Any:
     """``y · 2^k`` for the integer k in the low bits of ``shifted``, added to the exponent bits of y."""
 
@@ -52,7 +52,7 @@ def exp(x: float) -> float:
             + q * (2.7620101568177965e-07 + 2.509976016832666e-08 * r)
         )
     )
-    value = _times_power_of_two(1.0 + (r + s * p), shifted)
+    value = _times_power_of_two(1.0 + (r + s * p), shifted)  # type: ignore[call-arg]
     value = 0.0 if x < _LOWEST else value
     return value if x <= _HIGHEST else x + math.inf  # infinity; NaN for NaN
 

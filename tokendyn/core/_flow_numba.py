@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokendyn.core._elementary_numba import exp, softplus
 from tokendyn.core._flow import channels
 from tokendyn.core._parallel import kernel
-from tokendyn.core._elementary_numba import exp, softplus
 
 
 @kernel()

@@ -26,7 +26,7 @@ from tokendyn.core._problem_numba import LINE, member, right_hand_side, work_spa
 LINEAR_CLOCK, LOG_CLOCK, BLOW_UP_CLOCK = range(3)
 
 #: Why :func:`integrate` returned.
-RUNNING, REACHED_END, ALL_ENDED, TOLERANCE, OVERFLOW, ROOM, STOPPED = range(7)
+RUNNING, REACHED_END, ALL_ENDED, TOLERANCE, OVERFLOW, ROOM, STOPPED, STIFF = range(8)
 
 #: A blow-up is over when the e-folding time of its token is below this share of the time passed.
 _RESOLUTION = 4e-16
@@ -34,6 +34,9 @@ _RESOLUTION = 4e-16
 _SAME_TIME = 1e-3
 _SAFETY, _SHRINK, _GROW = 0.9, 0.3, 6.0
 _REJECTIONS = 60
+#: Beyond this product of step and estimated eigenvalue stability, not accuracy, sets the step; so many steps in a
+#: row make a problem stiff, and so many without it clear it (Hairer and Wanner, section IV.2).
+_STIFF_PRODUCT, _STIFF_STEPS, _CALM_STEPS = 6.1, 15, 6
 
 
 class State(NamedTuple):
@@ -42,8 +45,9 @@ class State(NamedTuple):
     Attributes:
         y: (1 + L D,) t, then the tokens as the problem holds them.
         slopes: (16, 1 + L D).
-        numbers: (3,) step of σ, t_0, largest rate seen.
-        counts: (6,) tokens alive, steps, rejected steps, evaluations, next output, whether slopes[0] is there.
+        numbers: (2,) step of σ, t_0.
+        counts: (8,) tokens alive, steps, rejected steps, evaluations, next output, whether slopes[0] is there, steps
+            that look stiff, steps in a row that do not.
         ended_at: (L,) time at which a token's equation ended, infinity while it has not.
         ended_by: (L,) the token whose blow-up ended it, -1 while none has.
     """
@@ -75,12 +79,12 @@ class Options(NamedTuple):
 
 
 @kernel()
-def _slope(p, work, options, t_0, tokens, y, dy):
-    """d(t, tokens)/dσ at y = (t, tokens); returns the bound of the right-hand side on the rates of change."""
+def slope(p, work, options, t_0, tokens, y, dy):
+    """d(t, tokens)/dσ at y = (t, tokens)."""
     rate = right_hand_side(p, work, tokens, y[1:], dy[1:])
     if options.clock == LINEAR_CLOCK:
         dy[0] = 1.0
-        return rate
+        return
     pace = 1.0 / (y[0] + t_0)
     if options.clock == BLOW_UP_CLOCK:
         pace += rate
@@ -88,7 +92,6 @@ def _slope(p, work, options, t_0, tokens, y, dy):
     dy[0] = pace
     for i in range(1, 1 + tokens * p.D):
         dy[i] *= pace
-    return rate
 
 
 @kernel()
@@ -137,8 +140,8 @@ def _when(y, coefficients, time):
         before = theta
         # secant slope of the bracket's own polynomial: a finite difference is enough, the bracket keeps it safe
         interpolate(y[:1], coefficients, theta + 1e-6, at)
-        slope = (at[0] - time - late) * 1e6
-        theta = theta - late / slope if slope > 0.0 else 0.5 * (low + high)
+        rise = (at[0] - time - late) * 1e6
+        theta = theta - late / rise if rise > 0.0 else 0.5 * (low + high)
         if not low <= theta <= high:
             theta = 0.5 * (low + high)
         if abs(theta - before) <= 1e-15 or low == high:
@@ -175,12 +178,30 @@ def _blown_up(p, tokens, y, slopes):
 
 
 @kernel()
+def _watch_stiffness(p, n, step, stage, end, slopes, counts):
+    """Count steps held back by stability: the two slopes at the end of the step give the largest eigenvalue."""
+    if p.model == LINE:
+        return
+    force = value = 0.0
+    for i in range(n):
+        force += (slopes[12, i] - slopes[11, i]) ** 2
+        value += (end[i] - stage[i]) ** 2
+    if value > 0.0 and step * np.sqrt(force / value) > _STIFF_PRODUCT:
+        counts[6] += 1
+        counts[7] = 0
+    else:
+        counts[7] += 1
+        if counts[7] == _CALM_STEPS:
+            counts[6] = 0
+
+
+@kernel()
 def _finite(v, n):
     """Whether the first ``n`` of ``v`` are all finite."""
+    total = 0.0
     for i in range(n):
-        if not np.isfinite(v[i]):
-            return False
-    return True
+        total += v[i] - v[i]  # NaN for what is not finite
+    return total == 0.0
 
 
 @kernel()
@@ -188,6 +209,23 @@ def _write(y, n, out):
     """The tokens of y = (t, tokens) to ``out``."""
     for i in range(1, n):
         out[i - 1] = y[i]
+
+
+@kernel()
+def end_blown_up(p, options, state):
+    """End the equations of a token that blows up here and now and of those after it; whether there is one."""
+    if options.clock != BLOW_UP_CLOCK:
+        return False
+    tokens = state.counts[0]
+    l = _blown_up(p, tokens, state.y, state.slopes)
+    if l < 0:
+        return False
+    for ended in range(l, tokens):
+        state.ended_at[ended] = state.y[0]
+        state.ended_by[ended] = l
+    state.counts[0] = l
+    state.counts[5] = 0
+    return True
 
 
 @kernel()
@@ -201,28 +239,33 @@ def _to_sphere(p, tokens, y):
 
 
 @kernel()
+def _fastest(p, tokens, y, slope):
+    """The largest relative rate of change of a token."""
+    fastest = 0.0
+    for l in range(tokens):
+        square = norm = 0.0
+        for i in range(1 + l * p.D, 1 + (l + 1) * p.D):
+            square += slope[i] * slope[i]
+            norm += 1.0 if p.model == LINE else y[i] * y[i]
+        if norm > 0.0:
+            fastest = max(fastest, np.sqrt(square / norm))
+    return fastest
+
+
+@kernel()
 def _start(p, work, options, state):
     """The scale t_0 of the clock, the first slope and a first step; False if the slope is not finite."""
     tokens = state.counts[0]
     n = 1 + tokens * p.D
     y, slopes, numbers = state.y[:n], state.slopes, state.numbers
     if numbers[1] == 0.0:
-        rate = _slope(p, work, options, 1.0, tokens, y, slopes[0])
-        if options.clock == LOG_CLOCK and p.model != LINE:
-            rate = 0.0
-        numbers[1] = 1.0 / rate if rate > 0.0 else options.t_end
-    _slope(p, work, options, numbers[1], tokens, y, slopes[0])
+        numbers[1] = 1.0  # any scale: the slopes over dt/dσ do not depend on it
+        slope(p, work, options, numbers[1], tokens, y, slopes[0])
+        fastest = _fastest(p, tokens, y, slopes[0]) / slopes[0, 0]
+        numbers[1] = 1.0 / fastest if fastest > 0.0 else options.t_end
+    slope(p, work, options, numbers[1], tokens, y, slopes[0])
     state.counts[3] += 1
-    fastest = 1.0 / options.t_end if options.clock == LINEAR_CLOCK else 1.0
-    for l in range(tokens):
-        square = norm = 0.0
-        for i in range(1 + l * p.D, 1 + (l + 1) * p.D):
-            square += slopes[0, i] * slopes[0, i]
-            norm += y[i] * y[i]
-        if p.model == LINE:
-            norm = 1.0
-        if norm > 0.0:
-            fastest = max(fastest, np.sqrt(square / norm))
+    fastest = max(1.0 / options.t_end if options.clock == LINEAR_CLOCK else 1.0, _fastest(p, tokens, y, slopes[0]))
     numbers[0] = 0.1 / fastest
     return _finite(slopes[0], n)
 
@@ -252,6 +295,8 @@ def integrate(p, options, state, times, out_times, out, stop):
         y, slopes = state.y[:n], state.slopes
         if tokens == 0:
             return ALL_ENDED
+        if counts[6] >= _STIFF_STEPS:
+            return STIFF
         if y[0] >= options.t_end:
             return REACHED_END
         if used >= options.budget:
@@ -271,10 +316,11 @@ def integrate(p, options, state, times, out_times, out, stop):
         # one step, made smaller until its error is allowed
         last_rejected = False
         accepted = False
+        error = np.inf
         for _ in range(_REJECTIONS):
             for s in range(1, 12):
                 combine(y, slopes, STAGES[s, :s], step, stage[:n])
-                _slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
+                slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
             combine(y, slopes, STAGES[12, :12], step, end[:n])
             counts[3] += 11
             error = _error(p, options, tokens, y, end, slopes, step, scratch)
@@ -289,28 +335,30 @@ def integrate(p, options, state, times, out_times, out, stop):
             return OVERFLOW if not np.isfinite(error) else TOLERANCE
         if p.sphere:
             _to_sphere(p, tokens, end)
-        _slope(p, work, options, t_0, tokens, end[:n], slopes[12])
+        slope(p, work, options, t_0, tokens, end[:n], slopes[12])
         counts[1] += 1
         counts[3] += 1
         used += 1
+        _watch_stiffness(p, n, step, stage, end, slopes, counts)
         if not _finite(slopes[12], n):
             return OVERFLOW
 
         # outputs inside the step
         reached = end[0] >= options.t_end * (1.0 - 4e-16)
+        if reached:
+            end[0] = max(end[0], options.t_end)
         asked = counts[4] < times.shape[0] and times[counts[4]] <= min(end[0], options.t_end)
-        if reached and options.clock == LINEAR_CLOCK:
-            end[0] = options.t_end
         if options.points > 0 or asked or end[0] > options.t_end:
             for s in range(13, 16):
                 combine(y, slopes, STAGES[s, :s], step, stage[:n])
-                _slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
+                slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
             counts[3] += 3
             dense_coefficients(y, end[:n], slopes, step, dense)
             share = _when(y, dense, options.t_end) if end[0] > options.t_end else 1.0
             for point in range(options.points):
                 interpolate(y, dense, share * (point + 1) / options.points, stage[:n])
-                out_times[counts[4]] = stage[0]
+                last = reached and point == options.points - 1
+                out_times[counts[4]] = options.t_end if last else stage[0]
                 _write(stage, n, out[counts[4]])
                 counts[4] += 1
             while counts[4] < times.shape[0] and times[counts[4]] <= min(end[0], options.t_end):
@@ -328,14 +376,8 @@ def integrate(p, options, state, times, out_times, out, stop):
         grow = _GROW if error == 0.0 else min(_GROW, max(_SHRINK, _SAFETY * error**-0.125))
         state.numbers[0] = step * (min(grow, 1.0) if last_rejected else grow)
 
-        if options.clock == BLOW_UP_CLOCK and not reached:
-            l = _blown_up(p, tokens, y, slopes)
-            if l >= 0:
-                for ended in range(l, tokens):
-                    state.ended_at[ended] = y[0]
-                    state.ended_by[ended] = l
-                counts[0] = l
-                counts[5] = 0
+        if not reached:
+            end_blown_up(p, options, state)
 
 
 @kernel()

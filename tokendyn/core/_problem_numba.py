@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokendyn.core._elementary_numba import exp
 from tokendyn.core._flow_numba import (
     autoregression,
     dot,
@@ -21,7 +22,6 @@ from tokendyn.core._flow_numba import (
     tangent,
 )
 from tokendyn.core._parallel import kernel
-from tokendyn.core._elementary_numba import exp
 
 LINE, SPACE, SOFTMAX, LINEAR, AUTOREGRESSIVE = range(5)
 
@@ -118,10 +118,10 @@ def work_space(p, tokens):
 
 @kernel()
 def right_hand_side(p, work, tokens, y, dy):
-    """``dy/dt`` for the first ``tokens`` tokens, and a smooth bound on their relative rates of change.
+    """``dy/dt`` for the first ``tokens`` tokens, and a smooth bound on their rates of growth.
 
     On the line y_l = ln|x_l| (0 where x_l = 0), which moves at the rate μ w_l (12); elsewhere y is x itself, token by
-    token. The bound is ``(Σ_l |dx_l/dt|² / |x_l|²)^½``, 0 for the models in which no token blows up.
+    token. The bound is ``(Σ_l max(0, d ln|x_l|/dt)²)^½``, 0 for the models in which no token blows up.
     """
     squares = 0.0
     if p.model == LINE:
@@ -133,7 +133,7 @@ def right_hand_side(p, work, tokens, y, dy):
         line_states(source, decay, source)
         for l in range(tokens):
             dy[l] = mu * source[l] * abs(p.sign[l])
-        return np.sqrt(dot(dy[:tokens], dy[:tokens]))
+        return np.sqrt(dot(dy[:tokens], dy[:tokens])) if mu > 0.0 else 0.0
     x, dx = y[: tokens * p.D].reshape((tokens, p.D)), dy[: tokens * p.D].reshape((tokens, p.D))
     if p.model == SPACE:
         space(x, p.first, p.second, p.S_delta, p.a, p.bias, p.third, dx, work.state, work.key, work.query, work.value)
@@ -141,7 +141,7 @@ def right_hand_side(p, work, tokens, y, dy):
             for l in range(tokens):
                 norm = dot(x[l], x[l])
                 if norm > 0.0:
-                    squares += dot(dx[l], dx[l]) / norm
+                    squares += max(0.0, dot(x[l], dx[l]) / norm) ** 2
     elif p.model == SOFTMAX:
         softmax_attention(x, p.first, p.second, p.third, p.causal, dx, work.query, work.keys, work.values, work.source)
     elif p.model == LINEAR:

@@ -1,0 +1,133 @@
+"""What a simulation returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tokendyn.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to one token.
+
+    Attributes:
+        time: when.
+        kind: ``"blow-up"``: the token went to infinity; ``"ended"``: an earlier token did, which this token's
+            equation holds.
+        token: index of the token.
+        cause: index of the token that blew up.
+    """
+
+    time: float
+    kind: str
+    token: int
+    cause: int
+
+    def __str__(self) -> str:
+        if self.kind == "blow-up":
+            return f"t = {self.time:.9g}: token {self.token} blows up"
+        return f"t = {self.time:.9g}: token {self.token} ends with token {self.cause}"
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Tokens over depth; made by :func:`tokendyn.simulate` and :func:`tokendyn.simulate_sphere`.
+
+    T times, L tokens, D channels; an ensemble has b in front of every array but ``times``.
+
+    The dynamics is triangular: token l moves by tokens 1 to l only. When token l blows up, its equation and those of
+    all later tokens end, for they hold token l, while the tokens before it go on. From then on an ended token is
+    infinite, each coordinate with the sign it had last; on the line that is its limit (every later token that is not
+    0 blows up too), in R^D it is a mark. No value is ever NaN.
+
+    Attributes:
+        times: (T,).
+        tokens: (T, L) on the line, else (T, L, D).
+        ended_at: (L,) time at which a token ended, infinity if it did not.
+        ended_by: (L,) index of the token whose blow-up ended it, -1 if none did.
+        reason: why the simulation stopped: ``"reached t_end"``, ``"all tokens ended"``, ``"tolerance unreachable"``
+            (the error of a step stays above ``rtol`` however small the step), ``"overflow"`` (beyond float64 in finite
+            time without a blow-up, as under Euclidean attention), or ``"interrupted"``. Of an ensemble an array.
+        stopped_at: the time reached: t_end, or the time of the last blow-up if no token is left.
+        steps, rejected, evaluations: what it took.
+        problem: the parameters, by name.
+    """
+
+    times: np.ndarray
+    tokens: np.ndarray
+    ended_at: np.ndarray
+    ended_by: np.ndarray
+    reason: Any
+    stopped_at: Any
+    steps: Any
+    rejected: Any
+    evaluations: Any
+    problem: dict[str, Any] = field(repr=False)
+
+    @property
+    def one_channel(self) -> bool:
+        """Whether tokens are real numbers."""
+        return self.problem.get("mu") is not None
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether there is more than one trajectory."""
+        return self.tokens.ndim - (2 if self.one_channel else 3) == 1
+
+    @property
+    def alive(self) -> np.ndarray:
+        """(T, L) booleans: the token's equation has not ended."""
+        return self.times[:, None] < np.expand_dims(self.ended_at, -2)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Blow-ups and ends, by time. Of one trajectory; of an ensemble see ``ended_at`` and ``ended_by``."""
+        self._expect_one("events")
+        found = [
+            Event(float(time), "blow-up" if cause == token else "ended", token, int(cause))
+            for token, (time, cause) in enumerate(zip(self.ended_at, self.ended_by, strict=True))
+            if cause >= 0
+        ]
+        return tuple(sorted(found, key=lambda event: (event.time, event.token)))
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __str__(self) -> str:
+        if self.ensemble:
+            return f"{len(self.tokens)} trajectories of {self.tokens.shape[2]} tokens at {len(self.times)} times"
+        lines = [
+            f"{self.tokens.shape[1]} tokens at {len(self.times)} times up to t = {self.stopped_at:.9g}: {self.reason} "
+            f"({self.steps} steps, {self.rejected} rejected)"
+        ]
+        return "\n".join([*lines, *map(str, self.events)])
+
+    def _expect_one(self, what: str) -> None:
+        if self.ensemble:
+            raise OptionError(f"Trajectory.{what}: this is an ensemble, take one trajectory with [i] first")
+
+    def __getitem__(self, i: int) -> Trajectory:
+        """Trajectory ``i`` of an ensemble."""
+        if not self.ensemble:
+            raise OptionError("Trajectory[i]: this is one trajectory, only an ensemble is indexed")
+        size = len(self.tokens)
+        if not -size <= i < size:
+            raise IndexError(f"trajectory {i} of an ensemble of {size}")
+        from tokendyn.core._simulate import member_parameters
+
+        return Trajectory(
+            times=self.times,
+            tokens=self.tokens[i],
+            ended_at=self.ended_at[i],
+            ended_by=self.ended_by[i],
+            reason=str(self.reason[i]),
+            stopped_at=float(self.stopped_at[i]),
+            steps=int(self.steps[i]),
+            rejected=int(self.rejected[i]),
+            evaluations=int(self.evaluations[i]),
+            problem=member_parameters(self.problem, i, size),
+        )
