@@ -121,7 +121,12 @@ def _sorting(key: jax.Array) -> jax.Array:
 
 
 def _take(s: jax.Array, order: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(s, order, axis=1, mode="fill")
+    """Keys in their order; a row with a key that is not finite becomes NaN.
+
+    The NaN is made from the data. One that the compiler can see, as ``mode="fill"`` writes it, is undefined behaviour
+    to XLA's float32 exponential on the CPU, which then returns whatever was in memory.
+    """
+    return jnp.take_along_axis(s, order, axis=1, mode="clip") + (0 * s).sum(-1, keepdims=True)
 
 
 def _widened(scores: jax.Array, x: jax.Array, ascending: bool) -> tuple[jax.Array, jax.Array, jax.Array]:

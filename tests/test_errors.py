@@ -1,0 +1,383 @@
+"""Bad input: the right class of error, and a message that says what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tokendyn
+from tokendyn._dispatch import BACKENDS, load_backend
+from tokendyn.errors import (
+    DTypeError,
+    EngineError,
+    NonFiniteError,
+    OptionError,
+    RegimeError,
+    ShapeError,
+    TokendynError,
+)
+
+Arguments = dict[str, Any]
+
+
+def inputs(operation: str, **options: Any) -> Arguments:
+    """NumPy arguments; errors of the table's checks are the same for all backends."""
+    with tokendyn.backend("numpy"):
+        return tokendyn.random_inputs(operation, **options)
+
+
+def scan(**change: Any) -> Callable[[], Any]:
+    """A scan, b = 2, d = 8, N = 4, L = 32, with some arguments replaced."""
+    arguments = {**inputs("selective_scan", with_state=True), **change}
+    return lambda: tokendyn.selective_scan(**arguments)
+
+
+def attention(**change: Any) -> Callable[[], Any]:
+    arguments = {**inputs("hidden_attention"), **change}
+    return lambda: tokendyn.hidden_attention(**arguments)
+
+
+def order(operation: str, **change: Any) -> Callable[[], Any]:
+    arguments = {**inputs(operation, length=5), **change}
+    return lambda: getattr(tokendyn, operation)(**arguments)
+
+
+def projections(**change: Any) -> Callable[[], Any]:
+    arguments = {**inputs("io_projections"), **change}
+    return lambda: tokendyn.io_projections(**arguments)
+
+
+def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+SHAPES = {
+    "u has two axes": (scan(u=zeros(8, 32)), r"selective_scan: u has shape \(8, 32\), expected \(b, d, L\)"),
+    "delta of another length": (
+        scan(delta=zeros(2, 8, 31)),
+        r"delta has shape \(2, 8, 31\), expected \(b, d, L\) with b = 2, d = 8, L = 32",
+    ),
+    "z of other channels": (scan(z=zeros(2, 7, 32)), r"z has shape \(2, 7, 32\), expected \(b, d, L\)"),
+    "B tokens first": (scan(B=zeros(2, 32, 4)), r"B has shape \(2, 32, 4\), expected \(b, N, L\) or \(b, G, N, L\)"),
+    "C of another state": (scan(C=zeros(2, 5, 32)), r"C has shape \(2, 5, 32\), expected \(b, N, L\) with .*N = 4"),
+    "C without the groups of B": (
+        scan(B=zeros(2, 2, 4, 32)),
+        r"C has shape \(2, 4, 32\), expected \(b, G, N, L\) with .*G = 2",
+    ),
+    "groups that do not divide": (
+        scan(B=zeros(2, 3, 4, 32), C=zeros(2, 3, 4, 32)),
+        r"B has G = 3 groups, expected a divisor of d = 8",
+    ),
+    "A of another state": (scan(A=zeros(8, 5)), r"A has shape \(8, 5\), expected \(d,\) or \(d, N\) with .*N = 4"),
+    "A of other channels": (scan(A=zeros(7)), r"A has shape \(7,\), expected \(d,\) or \(d, N\) with .*d = 8"),
+    "D of another size": (scan(D=zeros(4)), r"D has shape \(4,\), expected \(d,\) with .*d = 8"),
+    "delta_bias a column": (scan(delta_bias=zeros(8, 1)), r"delta_bias has shape \(8, 1\), expected \(d,\)"),
+    "initial state transposed": (
+        scan(initial_state=zeros(2, 4, 8)),
+        r"initial_state has shape \(2, 4, 8\), expected \(b, d, N\)",
+    ),
+    "seq_idx without batch": (scan(seq_idx=zeros(32, dtype="int64")), r"seq_idx has shape \(32,\), expected \(b, L\)"),
+    "lengths of another batch": (scan(lengths=zeros(3, dtype="int64")), r"lengths has shape \(3,\), expected \(b,\)"),
+    "no tokens": (
+        lambda: tokendyn.softsort_matrix(zeros(2, 0)),
+        r"scores has shape \(2, 0\), expected \(b, L\) .*every size at least 1",
+    ),
+    "negative length": (
+        scan(lengths=np.array([3, -1])),
+        r"selective_scan: lengths holds -1, expected values from 0 to L = 32",
+    ),
+    "length beyond the end": (scan(lengths=np.array([33, 0])), r"lengths holds 33, expected values from 0 to L = 32"),
+    "attention, negative length": (
+        attention(lengths=np.array([-7, 0])),
+        r"hidden_attention: lengths holds -7, expected values from 0 to L = 32",
+    ),
+    "k of another size": (
+        order("importance_score", k=zeros(3)),
+        r"importance_score: k has shape \(3,\), expected \(D,\)",
+    ),
+    "k without s_delta": (
+        order("importance_score", s_delta=None, k=zeros(3)),
+        r"k has shape \(3,\), expected \(Q,\) with .*Q = 8",
+    ),
+    "x of another length": (
+        order("softsort", x=zeros(2, 6, 3)),
+        r"softsort: x has shape \(2, 6, 3\), expected \(b, L, D\)",
+    ),
+    "scores with three axes": (
+        order("hard_order", scores=zeros(2, 5, 1)),
+        r"scores has shape \(2, 5, 1\), expected \(b, L\)",
+    ),
+    "indices of another length": (
+        order("take_tokens", indices=zeros(2, 4, dtype="int64")),
+        r"take_tokens: indices has shape \(2, 4\), expected \(b, L\)",
+    ),
+    "weights of other states": (
+        projections(weight_C=zeros(3, 8)),
+        r"io_projections: weight_C has shape \(3, 8\), expected \(N, D\) with N = 4, D = 8",
+    ),
+    "projections that do not match": (
+        lambda: tokendyn.io_spectrum(zeros(2, 5), zeros(2, 6)),
+        r"io_spectrum: S_C has shape \(2, 6\), expected \(N, D\) with N = 2, D = 5",
+    ),
+    "an order applied to two axes": (
+        lambda: tokendyn.token_order(zeros(2, 5)).apply(zeros(2, 5)),
+        r"Order: x has shape \(2, 5\) and axis is -2, expected three axes",
+    ),
+    "an order along the batch": (
+        lambda: tokendyn.token_order(zeros(2, 5)).apply(zeros(2, 5, 3), axis=0),
+        r"axis is 0, expected three axes, batch first, and tokens along axis 1 \(-2\) or 2 \(-1\)",
+    ),
+    "an order of other tokens": (
+        lambda: tokendyn.token_order(zeros(2, 5), "hard").restore(zeros(2, 6, 3)),
+        r"indices has shape \(2, 5\), expected \(b, L\) with b = 2, L = 6",
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------------------- dtypes
+
+DTYPES = {
+    "integer input": (
+        scan(u=zeros(2, 8, 32, dtype="int64")),
+        r"selective_scan: u has dtype int64, expected a real floating dtype .*convert it first",
+    ),
+    "boolean input": (
+        scan(delta=zeros(2, 8, 32, dtype="bool")),
+        r"delta has dtype bool, expected a real floating dtype",
+    ),
+    "complex input": (
+        scan(B=zeros(2, 4, 32, dtype="complex64")),
+        r"B has dtype complex64, expected a real floating dtype",
+    ),
+    "two dtypes": (
+        scan(delta=zeros(2, 8, 32, dtype="float64")),
+        r"delta has dtype float64 but u has float32; give both in one dtype",
+    ),
+    "wider parameters": (
+        scan(A=zeros(8, 4, dtype="float64")),
+        r"A has dtype float64, expected float32 beside float32 activations; convert it first",
+    ),
+    "integer parameters": (scan(A=zeros(8, 4, dtype="int32")), r"A has dtype int32, expected float32"),
+    "seq_idx in floats": (
+        scan(seq_idx=zeros(2, 32)),
+        r"seq_idx has dtype float32, expected an integer dtype such as int64",
+    ),
+    "lengths in floats": (scan(lengths=zeros(2)), r"lengths has dtype float32, expected an integer dtype"),
+    "boolean indices": (order("take_tokens", indices=zeros(2, 5, dtype="bool")), r"indices has dtype bool"),
+    "integer scores": (order("softsort", scores=zeros(2, 5, dtype="int64")), r"softsort: scores has dtype int64"),
+    "integer tokens": (order("softsort", x=zeros(2, 5, 3, dtype="int32")), r"softsort: x has dtype int32"),
+    "integer scores of an order": (
+        lambda: tokendyn.token_order(zeros(2, 5, dtype="int64")),
+        r"token_order: scores has dtype int64",
+    ),
+    "a list": (scan(u=[[[1.0]]]), r"u is builtins\.list, expected an array of NumPy, PyTorch or JAX; convert it first"),
+    "a list of scores": (
+        lambda: tokendyn.token_order([[1.0, 2.0]]),
+        r"token_order: scores is builtins\.list, expected an array",
+    ),
+    "half precision on NumPy": (
+        order("softsort_matrix", scores=zeros(2, 5, dtype="float16")),
+        r"NumPy backend computes in float32 and float64, got float16; convert with .astype\('float32'\)",
+    ),
+    "half precision scan on NumPy": (
+        lambda: tokendyn.selective_scan(**inputs("selective_scan", dtype="float16")),
+        r"NumPy backend computes in float32 and float64, got float16",
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+BAD_TAUS = (0, 0.0, -1.0, float("inf"), float("nan"), True, "1", None, np.float32(1))
+
+OPTIONS = {
+    "unknown engine": (scan(engine="fastest"), r"engine is 'fastest', expected one of 'auto', "),
+    "channel beyond the last": (attention(channel=8), r"hidden_attention: channel is 8, expected 0 to 7"),
+    "negative channel": (attention(channel=-1), r"channel is -1, expected 0 to 7"),
+    "channel and aggregate": (
+        attention(channel=0, aggregate="mean"),
+        r"channel and aggregate were both given, expected at most one",
+    ),
+    "unknown aggregate": (attention(aggregate="sum"), r"aggregate is 'sum', expected one of None, 'mean', 'mean_abs'"),
+    "empty rows": (attention(rows=(3, 3)), r"rows is \(3, 3\), expected 0 <= start < stop <= L = 32"),
+    "rows beyond the end": (attention(rows=(0, 33)), r"rows is \(0, 33\), expected 0 <= start < stop <= L = 32"),
+    "unknown method": (
+        lambda: tokendyn.token_order(zeros(2, 5), "sort"),
+        r"method is 'sort', expected one of 'softsort', 'hard', 'straight_through'",
+    ),
+    **{
+        f"tau {tau!r}": (order("softsort", tau=tau), r"softsort: tau is .*, expected a finite Python number above 0")
+        for tau in BAD_TAUS
+    },
+    "power 0": (order("softsort_matrix", power=0), r"power is 0, expected a finite Python number above 0"),
+    "tau of an order": (lambda: tokendyn.token_order(zeros(2, 5), tau=-1.0), r"token_order: tau is -1\.0"),
+    "unknown regime": (projections(regime="neutral"), r"regime is 'neutral', expected one of 'free', 'positive'"),
+    "unknown form": (projections(form="code"), r"form is 'code', expected one of 'paper', 'published_code'"),
+    "spectrum in half precision": (
+        lambda: tokendyn.io_spectrum(zeros(2, 5, dtype="float16"), zeros(2, 5, dtype="float16")),
+        r"io_spectrum: the dtype of S_B is 'float16', expected one of 'float32', 'float64'",
+    ),
+    "random inputs of nothing": (
+        lambda: tokendyn.random_inputs("selective_scam"),
+        r"random_inputs: operation is 'selective_scam', expected one of ",
+    ),
+    "random inputs of unknown size": (
+        lambda: tokendyn.random_inputs("softsort", state=4),
+        r"softsort has no option 'state', expected some of batch, channels, length",
+    ),
+    "random inputs of unknown dtype": (
+        lambda: tokendyn.random_inputs("softsort", dtype="int64"),
+        r"dtype is 'int64', expected one of 'float16', 'bfloat16', 'float32', 'float64'",
+    ),
+}
+
+# ------------------------------------------------------------------------------------------- regimes, values
+
+REGIMES = {
+    "more states than channels": (
+        lambda: tokendyn.io_projections(zeros(5, 4), diagonal=zeros(5), regime="positive"),
+        r"N = 5 exceeds D = 4; .*choose a smaller state or regime='free'",
+    ),
+    "free with a diagonal": (
+        projections(diagonal=zeros(4)),
+        r"regime 'free' takes weight_B and weight_C and no diagonal",
+    ),
+    "free without weight_C": (projections(weight_C=None), r"regime 'free' takes weight_B and weight_C and no diagonal"),
+    "positive with weight_C": (
+        projections(diagonal=zeros(4), regime="positive"),
+        r"regime 'positive' takes weight_B and diagonal and no weight_C",
+    ),
+    "mixed without a diagonal": (
+        projections(weight_C=None, regime="mixed"),
+        r"regime 'mixed' takes weight_B and diagonal and no weight_C",
+    ),
+}
+
+
+def spoilt(value: float) -> np.ndarray:
+    values = zeros(2, 5)
+    values[1, 3] = value
+    return values
+
+
+VALUES = {
+    f"{operation}, {value}": (
+        order(operation, scores=spoilt(value)),
+        rf"{operation}: scores\[1, 3\] is {value}, expected finite values \(1 of 10 are not\); look for the layer",
+    )
+    for operation in (
+        "softsort",
+        "softsort_restore",
+        "softsort_matrix",
+        "effective_tokens",
+        "hard_order",
+        "token_order",
+    )
+    for value in (float("nan"), float("-inf"))
+}
+
+TABLE: list[Any] = [
+    pytest.param(error, call, message, id=f"{error.__name__}-{name.replace(' ', '_')}")
+    for error, rows in (
+        (ShapeError, SHAPES),
+        (DTypeError, DTYPES),
+        (OptionError, OPTIONS),
+        (RegimeError, REGIMES),
+        (NonFiniteError, VALUES),
+    )
+    for name, (call, message) in rows.items()
+]
+
+
+@pytest.mark.parametrize(("error", "call", "message"), TABLE)
+def test_bad_input(error: type[TokendynError], call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        call()
+    assert type(raised.value) is error
+
+
+# --------------------------------------------------------------------------------------- the same on every backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_on_every_backend(backend: str) -> None:
+    """Checks that look at values, and those that the backends make themselves."""
+    array = load_backend(backend).from_numpy
+    with tokendyn.backend(backend):
+        arguments = tokendyn.random_inputs("selective_scan")
+    with pytest.raises(ShapeError, match="lengths holds -1"):
+        tokendyn.selective_scan(**arguments, lengths=array(np.array([-1, 3], np.int32)))
+    with pytest.raises(OptionError, match="engine is 'fastest', expected one of 'auto'"):
+        tokendyn.selective_scan(**arguments, engine="fastest")
+    with pytest.raises(NonFiniteError, match=r"scores\[1, 3\] is nan"):
+        tokendyn.hard_order(array(spoilt(float("nan"))))
+    with pytest.raises(DTypeError, match="u has dtype int32, expected a real floating dtype"):
+        tokendyn.selective_scan(**{**arguments, "u": array(np.zeros((2, 8, 32), np.int32))})
+    for other in set(BACKENDS) - {backend}:
+        foreign = load_backend(other).from_numpy(np.zeros((2, 8, 32), np.float32))
+        with pytest.raises(DTypeError, match=rf"u is a {backend} array but delta is a {other} array"):
+            tokendyn.selective_scan(**{**arguments, "delta": foreign})
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_half_precision_values_are_looked_at_too(backend: str) -> None:
+    for dtype in ("bfloat16", "float16"):
+        scores = load_backend(backend).from_numpy(spoilt(float("nan")), dtype)
+        with pytest.raises(NonFiniteError, match=r"scores\[1, 3\] is nan"):
+            tokendyn.softsort_matrix(scores)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"power": 2}], ids=["scans", "dense"])
+def test_values_that_cannot_be_seen_give_nan_and_no_order(dtype: str, value: float, options: Arguments) -> None:
+    """Under a tracer nothing can be raised; then NaN must come out in that sequence, and in no other."""
+    import jax
+    import torch
+
+    scores, x = spoilt(value), np.ones((2, 5, 3))
+    for name in ("softsort", "softsort_restore", "softsort_matrix", "effective_tokens"):
+        operation = functools.partial(getattr(tokendyn, name), **options)
+        arrays = (scores, x) if name in ("softsort", "softsort_restore") else (scores,)
+        traced = {
+            "jax": jax.jit(operation)(*(load_backend("jax").from_numpy(v, dtype) for v in arrays)),
+            "torch": torch.func.vmap(lambda *v, f=operation: f(*(w[None] for w in v))[0])(
+                *(load_backend("torch").from_numpy(v, dtype) for v in arrays)
+            ),
+        }
+        for backend, result in traced.items():
+            values = load_backend(backend).to_numpy(result)
+            assert np.isfinite(values[0]).all(), (backend, name)
+            assert np.isnan(values[1]).all(), (backend, name)
+
+
+def test_a_hard_order_that_cannot_be_had_takes_nothing_under_jax() -> None:
+    import jax
+
+    result = jax.jit(lambda s, x: tokendyn.take_tokens(x, tokendyn.hard_order(s)))(
+        *(load_backend("jax").from_numpy(v) for v in (spoilt(float("nan")), np.ones((2, 5, 3), np.float32)))
+    )
+    assert np.isfinite(np.asarray(result)[0]).all()
+    assert np.isnan(np.asarray(result)[1]).all()
+
+
+def test_an_engine_that_cannot_take_a_call_says_why() -> None:
+    with tokendyn.backend("torch"):
+        arguments = tokendyn.random_inputs("selective_scan", with_state=True)
+    with pytest.raises(EngineError, match=r"mamba_ssm.*initial_state|mamba_ssm.*CUDA|mamba_ssm.*not installed"):
+        tokendyn.selective_scan(**arguments, engine="mamba_ssm")
+
+
+def test_messages_say_what_was_given_and_what_to_do() -> None:
+    """Every message in this file's table names its operation and the offending argument or value."""
+    for row in TABLE:
+        error, call, _ = row.values
+        with pytest.raises(error) as raised:
+            call()
+        text = str(raised.value)
+        assert any(word in text for word in ("expected", "takes", "give both", "needs", "computes in")), text
+        assert ":" in text or " on NumPy" in text, text

@@ -1,0 +1,154 @@
+"""The public names, frozen: to add or remove one is a decision, and this file is where it shows."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+import pytest
+
+import tokendyn
+from tokendyn._operations import OPERATIONS
+
+OPERATION_NAMES = [
+    "attention_flow",
+    "autoregressive_flow",
+    "effective_tokens",
+    "flow_rhs",
+    "hard_order",
+    "hidden_attention",
+    "importance_score",
+    "io_projections",
+    "io_spectrum",
+    "put_tokens",
+    "selective_scan",
+    "softsort",
+    "softsort_matrix",
+    "softsort_restore",
+    "sphere_flow",
+    "take_tokens",
+]
+
+MODELS = [
+    "MambaVision",
+    "MambaVisionMixer",
+    "mambavision_16px",
+    "mambavision_32px",
+    "mambavision_64px",
+    "mambavision_t",
+]
+
+PUBLIC: dict[str, list[str]] = {
+    "tokendyn": [
+        *OPERATION_NAMES,
+        *("IOSpectrum", "Order", "OrderConfig", "token_order", "random_inputs", "backend", "use"),
+        *("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t"),
+        *("Trajectory", "simulate", "simulate_sphere"),
+        *("core", "errors", "jax", "torch", "__version__"),
+    ],
+    "tokendyn.torch": [
+        *OPERATION_NAMES,
+        *("token_order", "models", "OrderConfig", "OrderRecord", "TokenOrdering", "record_orders"),
+        *("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t"),
+    ],
+    "tokendyn.torch.models": MODELS,
+    "tokendyn.jax": [*OPERATION_NAMES, "token_order"],
+    "tokendyn.errors": [
+        "BackendBroken",
+        "BackendError",
+        "BackendMissing",
+        "BackendUnknown",
+        "CheckpointError",
+        "DTypeError",
+        "DataError",
+        "EngineError",
+        "NonFiniteError",
+        "NotImplementedForBackend",
+        "OptionError",
+        "RegimeError",
+        "ShapeError",
+        "TokendynError",
+    ],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_these_and_all_are_there(module: str) -> None:
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == sorted(PUBLIC[module])
+    assert len(set(found.__all__)) == len(found.__all__)
+    for name in found.__all__:
+        assert getattr(found, name) is not None
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_have_docstrings(module: str) -> None:
+    found = importlib.import_module(module)
+    for name in set(found.__all__) - {"__version__"}:
+        assert inspect.getdoc(getattr(found, name)), name
+
+
+def test_every_operation_is_public_everywhere() -> None:
+    assert sorted(OPERATIONS) == sorted(OPERATION_NAMES)
+    for name, row in OPERATIONS.items():
+        assert getattr(tokendyn, name) is row.function
+        for backend in row.backends:
+            if backend != "numpy":
+                explicit = getattr(getattr(tokendyn, backend), name)
+                assert inspect.signature(explicit) == inspect.signature(row.function)
+                assert explicit.__doc__ == row.function.__doc__
+
+
+def test_every_operation_has_its_spec_and_the_spec_its_gradient() -> None:
+    from tokendyn import core
+
+    wanted = set(OPERATIONS) | {f"{name}_vjp" for name, row in OPERATIONS.items() if row.differentiable}
+    assert wanted <= set(core.__all__)
+    for name, row in OPERATIONS.items():
+        public = [p for p in inspect.signature(row.function).parameters if p != "engine"]
+        assert list(inspect.signature(getattr(core, name)).parameters) == public
+        if row.differentiable:
+            assert list(inspect.signature(getattr(core, f"{name}_vjp")).parameters) == ["dout", *public]
+
+
+def test_directory_is_the_public_list() -> None:
+    assert dir(tokendyn) == sorted(tokendyn.__all__)
+
+
+@pytest.mark.parametrize("name", [*OPERATION_NAMES, "token_order"])
+def test_docstring_says_what_a_caller_must_know(name: str) -> None:
+    function = getattr(tokendyn, name)
+    text = inspect.getdoc(function) or ""
+    sections = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    for section in ("Args", "Returns", "Raises", "Cost"):
+        assert section in sections, f"{name} has no section {section}"
+    # Where the formula stands: a section of its own, or the row of the table, which the docs print.
+    if name in OPERATIONS:
+        assert "Source" in sections or OPERATIONS[name].source
+    arguments = text.partition("Args:")[2].partition("Returns:")[0]
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"(?<![\w.]){re.escape(parameter)}(?!\w)", arguments), f"{name}: {parameter} is not described"
+
+
+def test_signatures_of_the_scan_are_those_of_mamba_ssm() -> None:
+    """Users' calls run unchanged: the first nine parameters, in this order, with these defaults."""
+    parameters = list(inspect.signature(tokendyn.selective_scan).parameters.values())[:9]
+    assert [p.name for p in parameters] == ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"]
+    assert [p.default for p in parameters[5:]] == [None, None, None, False]
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert version("tokendyn") == tokendyn.__version__
+
+
+def test_errors_are_also_the_errors_of_python() -> None:
+    from tokendyn import errors
+
+    for name in errors.__all__:
+        error = getattr(errors, name)
+        assert issubclass(error, errors.TokendynError)
+        if name not in ("TokendynError", "BackendError"):
+            assert issubclass(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)), name
