@@ -111,7 +111,12 @@ def _draw_curves(
         panels[2].set_yticks(ticks, [str(tick) for tick in ticks])
         panels[2].legend(loc="best", fontsize=8)
         panels[3].set_title("Variance between tokens kept\n1: all of it, 0: all tokens are alike")
-        panels[3].set_yscale("log")
+        lowest = min(line.get_ydata().min() for line in panels[3].lines)  # type: ignore[union-attr]
+        if lowest < 0.05:
+            panels[3].set_yscale("log")
+            panels[3].set_ylim(None, 3)
+        else:
+            panels[3].set_ylim(0, 1.05)
     for panel in panels:
         panel.set_xlabel("step")
 
@@ -164,8 +169,8 @@ def _draw_maps(
         if arm == ordered[0]:
             raster = mosaic(np.tile(np.arange(float(tokens)), (len(places[0]) ** 2 // tokens, 1)), 1)[0]
             drawn = _draw_places(panels[0, -1], raster, tokens)
-            bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[1:, columns]))
-            bar.set_label("place of the token in the scan", fontsize=8)
+            bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[:, columns]))
+            bar.set_label("place of a token in the scan", fontsize=8)
             bar.set_ticks([0, tokens - 1], labels=["first", "last"])
     panels[0, -1].set_title("without an order", fontsize=8, loc="center")
     panels[1, -1].set_title(f"mean of {len(measured)} images", fontsize=8, loc="center")
