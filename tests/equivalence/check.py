@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tokendyn._checks import HALVES
+from tokendyn._dispatch import BACKENDS
 from tokendyn._tolerances import GRADIENT_WORST_TOKEN, HALF_EPS, HALF_FACTOR, tolerance
 
 from .compare import Bound, Errors, Mismatch, Outcome, compare, normwise, worst_token
@@ -35,6 +36,8 @@ class Case:
         fixed_dtypes: dtypes by argument that do not follow the run's.
         constant: differentiable arguments that have no gradient with these options.
         half_parameters: in half precision, give the parameters in it too; else they stay in float32.
+        structural: what is awkward is the structure, not the numbers. JAX, which compiles every structure anew for
+            every dtype, runs these in the first dtype only.
     """
 
     subject: str
@@ -46,10 +49,20 @@ class Case:
     fixed_dtypes: dict[str, str] = field(default_factory=dict)
     constant: tuple[str, ...] = ()
     half_parameters: bool = False
+    structural: bool = False
 
     @property
     def id(self) -> str:
         return f"{self.subject}-{self.name.replace(' ', '_')}"
+
+    def runs(self) -> Iterator[tuple[str, str]]:
+        """(backend, dtype) in which the case is run."""
+        for backend in SUBJECTS[self.subject].backends:
+            if self.strided and backend == "jax":
+                continue  # JAX arrays have no strides
+            for dtype in self.dtypes[:1] if self.structural and backend == "jax" else self.dtypes:
+                if dtype in BACKENDS[backend].dtypes:
+                    yield backend, dtype
 
     def argument_dtypes(self, arguments: dict[str, Any], dtype: str) -> dict[str, str]:
         """The dtype of every floating array argument when the run is in ``dtype``."""

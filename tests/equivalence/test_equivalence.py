@@ -15,10 +15,7 @@ from .subjects import SUBJECTS
 RUNS = [
     pytest.param(case, backend, dtype, id=f"{case.id}-{backend}-{dtype}")
     for case in CASES
-    for dtype in case.dtypes
-    for backend in SUBJECTS[case.subject].backends
-    # NumPy has no arithmetic in half precision, and its backend says so (tests/test_errors.py).
-    if not (backend == "numpy" and dtype in ("bfloat16", "float16"))
+    for backend, dtype in case.runs()
 ]
 
 

@@ -29,7 +29,7 @@ def test_fault_is_caught(
     subject = SUBJECTS[fault.subject]
     faulty = fault.plant(implementation_of(subject.name, subject.call, backend))
     for case in CASES:
-        if case.subject != fault.subject or dtype not in case.dtypes:
+        if case.subject != fault.subject or (backend, dtype) not in case.runs():
             continue
         found = _mismatch(case, backend, dtype, faulty)
         if found is not None:

@@ -29,7 +29,7 @@ FROM_SPEC = (
     "selective_scan-groups",
     "selective_scan-packed",
     "selective_scan-padded",
-    "selective_scan-extreme_steps_before_softplus",
+    "selective_scan-extreme_steps",
     "hidden_attention-groups",
     "hidden_attention-packed_rows",
     "hidden_attention-padded",
@@ -62,13 +62,11 @@ FROM_SPEC = (
 
 #: Those that mamba-ssm's reference can express: no initial state, no packing, no padding, A of two axes.
 FROM_MAMBA = (
-    "selective_scan-bare",
-    "selective_scan-softplus_alone",
-    "selective_scan-D_alone",
-    "selective_scan-z_alone",
-    "selective_scan-bias_alone",
-    "selective_scan-last_state_alone",
     "selective_scan-L=63",
+    "selective_scan-bare",
+    "selective_scan-softplus,_D,_last_state",
+    "selective_scan-bias_and_gate",
+    "selective_scan-extreme_steps",
     "selective_scan-groups",
     "selective_scan-growth",
 )
