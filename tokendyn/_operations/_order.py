@@ -67,7 +67,7 @@ def softsort(scores: Any, x: Any, *, tau: float = 1.0, power: float = 1, ascendi
     """Tokens in soft order: ``P x`` with ``P_{kl} = softmax_l(-|s_l - s_[k]|^power / tau)``.
 
     s_[k] is the k-th score in the order wanted. Conventions, the same on every backend: equal keys keep
-    their order (stable, also when descending), and the derivative of |·| at 0 is 0. As tau → 0, P becomes
+    their order (stable, also when descending), and the derivative of ``|·|`` at 0 is 0. As tau → 0, P becomes
     the permutation that sorts.
 
     With ``power=1`` no L x L matrix is made: after a sort ``exp(-|s_(j) - s_(i)|/tau)`` is semiseparable
