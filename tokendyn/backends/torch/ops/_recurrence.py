@@ -128,12 +128,13 @@ class _Recurrence(Function):
         return da, g, None if h0 is None else a[0] * g[0], None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], a: Any, x: Any, h0: Any, transposed: bool) -> tuple[Any, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, int]:
         # The mapped axis becomes the second, behind the tokens.
         def place(value: torch.Tensor, dim: int | None, at: int, spread: bool) -> torch.Tensor:
             value = value.unsqueeze(at) if dim is None else value.movedim(dim, at)
             return value.expand(*value.shape[:at], info.batch_size, *value.shape[at + 1 :]) if spread else value
 
+        a, x, h0, transposed = inputs
         a = place(a, in_dims[0], 1, spread=False)
         x = place(x, in_dims[1], 1, spread=True)
         h0 = None if h0 is None else place(h0, in_dims[2], 0, spread=True)

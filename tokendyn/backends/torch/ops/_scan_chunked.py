@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tokendyn.backends.torch.ops import _scan_plain
+from tokendyn.backends.torch.ops._function import transformed
 from tokendyn.backends.torch.ops._precision import without_autocast
 from tokendyn.backends.torch.ops._scan_plain import Recurrence, solve_plainly
 
@@ -101,16 +102,16 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         dy, dh = cotangents
-        *arrays, resets = ctx.saved_tensors[:7]
-        before = ctx.saved_tensors[7:]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return *_differentiable_vjp(Recurrence(*arrays, resets), dy, dh), None, None
-        with without_autocast(arrays[0]):
-            return *_vjp(Recurrence(*arrays, resets), before, dy, dh), None, None
+        step, v, A, B, C, h0, resets, *before = ctx.saved_tensors
+        r = Recurrence(step, v, A, B, C, h0, resets)
+        if torch.is_grad_enabled() or transformed():
+            return *_differentiable_vjp(r, dy, dh), None, None
+        with without_autocast(step):
+            return *_vjp(r, before, dy, dh), None, None
 
 
 def _vjp(
-    r: Recurrence, before: tuple[torch.Tensor, ...], dy: torch.Tensor | None, dh: torch.Tensor | None
+    r: Recurrence, before: list[torch.Tensor], dy: torch.Tensor | None, dh: torch.Tensor | None
 ) -> tuple[Any, ...]:
     """With g_l the gradient that reaches h_l and ā_l = exp(Δ_l A)::
 
