@@ -28,7 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "long": {"batch": 1, "channels": 3, "length": 197, "state": 16},
     "groups": {"channels": 40, "length": 33, "groups": 2},
     "a group a channel": {"channels": 3, "length": 20, "groups": 3},
-    "many pieces of work": {"batch": 1, "channels": 80, "length": 40, "state": 2},
+    "three tiles": {"batch": 1, "channels": 40, "length": 40, "state": 2},
 }
 
 
@@ -69,6 +69,19 @@ def test_scan_and_its_gradients(sizes: str, options: str, scalar: bool, dtype: s
     assert gradients.keys() == want.keys()
     for name, gradient in gradients.items():
         assert_within(gradient, want[name], dtype, allowed.gradients)
+
+
+def test_several_tiles_share_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dB and dC where a piece of work holds more than one tile, and not all pieces the same number."""
+    rng = np.random.default_rng(8)
+    arguments = scan_arguments(rng, batch=1, channels=2 * 75, groups=2, length=10, state=2, dtype="float64")
+    dy = rng.standard_normal(arguments["u"].shape)
+    want = core.selective_scan_vjp(dy, **arguments, delta_softplus=True)
+    for pieces in (1, 2, 3, 4, 1000):
+        monkeypatch.setattr(_scan_vjp_numba, "PIECES", pieces)
+        gradients = _scan_vjp_numba.selective_scan_vjp(dy, **arguments, delta_softplus=True)
+        for name, gradient in gradients.items():
+            assert_within(gradient, want[name], "float64", tolerance("selective_scan", "float64").gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
