@@ -10,7 +10,8 @@ from ..equivalence.compare import Mismatch
 from ..equivalence.frameworks import Implementation, implementation_of
 from ..equivalence.subjects import SUBJECTS
 from .conftest import Catch
-from .faults import FAULTS, Fault
+from .faults import FAULTS
+from .planting import Fault
 
 PLANTED = [
     pytest.param(fault, backend, dtype, id=f"{fault.subject}-{fault.name.replace(' ', '_')}-{backend}-{dtype}")

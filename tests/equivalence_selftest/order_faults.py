@@ -1,0 +1,193 @@
+"""Faults in scores and orders, and in a mixer that reorders its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import tokendyn
+from tokendyn._checks import dtype_name
+
+from ..equivalence.compositions import SCAN_TOKENS
+from .planting import (
+    DIFFERENTIATED,
+    MAIN,
+    Arguments,
+    Fault,
+    cast,
+    constant,
+    cut,
+    given,
+    gradient,
+    instead,
+    made,
+    ops,
+    xp,
+)
+
+# ------------------------------------------------------------------------------------------------------------- orders
+
+
+def ties_reversed(call: Callable[..., Any], a: Arguments) -> Any:
+    """A sort that is not stable: equal scores in the opposite order."""
+    length = a["scores"].shape[1]
+    back = np.arange(length)[::-1].copy()
+    return length - 1 - call(**{**a, "scores": a["scores"][:, back]})
+
+
+def descending_by_flipping(call: Callable[..., Any], a: Arguments) -> Any:
+    """Descending as the ascending order read backwards: equal scores come out reversed."""
+    if a.get("ascending", True):
+        return call(**a)
+    return call(**{**a, "ascending": True})[:, np.arange(a["scores"].shape[1])[::-1].copy()]
+
+
+def inverse_order(call: Callable[..., Any], a: Arguments) -> Any:
+    indices = call(**a)
+    places = np.arange(indices.shape[1])[None, :, None].repeat(indices.shape[0], 0)
+    placed = ops(indices).put_tokens(constant(places, a["scores"]), indices)[..., 0]
+    return cast(placed, dtype_name(indices))
+
+
+def softsort_with(slope: Callable[[Any, np.ndarray], Any]) -> Callable[..., Any]:
+    """SoftSort by its dense definition with another |·|: ``slope(r, positions)`` is its derivative."""
+
+    def call(right: Callable[..., Any], a: Arguments) -> Any:
+        if a.get("power", 1) != 1:
+            return right(**a)
+        backend = ops(a["scores"])
+        indices = tokendyn.hard_order(a["scores"], ascending=a.get("ascending", True))
+        sorted_scores = backend.take_tokens(a["scores"][..., None], indices)[..., 0]
+        tokens = backend.take_tokens(a["x"], indices)
+        r = sorted_scores[:, None, :] - sorted_scores[:, :, None]
+        places = np.arange(r.shape[1])
+        distance = r * slope(backend.stop_gradient(r), np.sign(places[None, :] - places[:, None]))
+        weights = xp(r).exp(-distance / a.get("tau", 1.0))
+        return (weights / weights.sum(-1)[..., None]) @ tokens
+
+    return call
+
+
+def by_position(r: Any, later: np.ndarray) -> Any:
+    """Where r = 0 the derivative is that of the position: scans over the sorted sequence that forget ties."""
+    return xp(r).where(r == 0, constant(later, r), 2.0 * cast(r > 0, dtype_name(r)) - 1.0)
+
+
+def one_at_zero(r: Any, later: np.ndarray) -> Any:
+    """The derivative of |·| at 0 is 1, as some frameworks have it."""
+    return 2.0 * cast(r >= 0, dtype_name(r)) - 1.0
+
+
+ORDERS = (
+    Fault(
+        "transposed permutation",
+        "take_tokens",
+        instead(lambda call, a: tokendyn.put_tokens(a["x"], a["indices"])),
+        MAIN,
+    ),
+    Fault(
+        "transposed permutation",
+        "put_tokens",
+        instead(lambda call, a: tokendyn.take_tokens(a["y"], a["indices"])),
+        MAIN,
+    ),
+    Fault("inverse permutation returned", "hard_order", instead(inverse_order), MAIN),
+    Fault("unstable sort", "hard_order", instead(ties_reversed), MAIN, "exact"),
+    Fault("descending order by flipping", "hard_order", instead(descending_by_flipping), MAIN, "exact"),
+    Fault("ascending ignored", "softsort", given(lambda a: {"ascending": True}), MAIN),
+    Fault("tau ignored", "softsort", given(lambda a: {"tau": 1.0}), MAIN),
+    Fault("power ignored", "softsort", given(lambda a: {"power": 1}), MAIN),
+    Fault(
+        "hard in place of soft",
+        "softsort",
+        instead(lambda call, a: tokendyn.token_order(a["scores"], "hard").apply(a["x"])),
+        MAIN,
+    ),
+    Fault(
+        "restore is apply",
+        "softsort_restore",
+        instead(
+            lambda call, a: tokendyn.softsort(a["scores"], a["y"], **{k: a[k] for k in a if k not in ("scores", "y")})
+        ),
+        MAIN,
+    ),
+    Fault(
+        "restore not normalised",
+        "softsort_restore",
+        instead(
+            lambda call, a: (
+                tokendyn.softsort_matrix(a["scores"], **{k: a[k] for k in a if k not in ("scores", "y")}).swapaxes(1, 2)
+                @ a["y"]
+            )
+        ),
+        ("torch",),
+    ),
+    Fault("matrix transposed", "softsort_matrix", made(lambda P: P.swapaxes(1, 2)), MAIN),
+    Fault("half as many effective tokens", "effective_tokens", given(lambda a: {"tau": a.get("tau", 1.0) / 2}), MAIN),
+    Fault("tie gradient by position", "softsort", instead(softsort_with(by_position)), DIFFERENTIATED),
+    Fault("derivative of |.| at 0 is 1", "softsort", instead(softsort_with(one_at_zero)), DIFFERENTIATED),
+    Fault(
+        "gradient of scores missing",
+        "softsort",
+        gradient("scores", None, cut),
+        DIFFERENTIATED,
+    ),
+    Fault(
+        "gradient of scores missing",
+        "softsort_restore",
+        gradient("scores", None, cut),
+        DIFFERENTIATED,
+    ),
+    Fault(
+        "projection transposed",
+        "importance_score",
+        given(
+            lambda a: (
+                {"s_delta": a["s_delta"].swapaxes(0, 1)}
+                if a["s_delta"] is not None and a["s_delta"].shape[0] == a["s_delta"].shape[1]
+                else {}
+            )
+        ),
+        MAIN,
+    ),
+    Fault(
+        "gradient of k missing",
+        "importance_score",
+        gradient("k", None, cut),
+        DIFFERENTIATED,
+    ),
+)
+
+
+def mixer(*, leave_out: str | None = None, undo: bool = True, restore: str = "restore") -> Callable[..., Any]:
+    """The mixer of ``compositions`` with one of its steps done wrong."""
+
+    def call(right: Callable[..., Any], a: Arguments) -> Any:
+        del right
+        order = tokendyn.token_order(a["scores"], a["method"], tau=a.get("tau", 1.0))
+        scan = {k: a[k] for k in ("u", "delta", "A", "B", "C", "D", "z")}
+        for name in SCAN_TOKENS:
+            if name != leave_out:
+                scan[name] = order.apply(scan[name], axis=-1)
+        y = tokendyn.selective_scan(**scan)
+        return getattr(order, restore)(y, axis=-1) if undo else y
+
+    return call
+
+
+COMPOSITIONS = (
+    *(
+        Fault(f"order not applied to {label}", "reordered_scan", instead(mixer(leave_out=name)), MAIN)
+        for name, label in (("z", "the gate"), ("delta", "the step size"), ("B", "B"), ("C", "C"), ("u", "the input"))
+    ),
+    Fault("order not undone", "reordered_scan", instead(mixer(undo=False)), MAIN),
+    Fault("restore is apply", "reordered_scan", instead(mixer(restore="apply")), MAIN),
+    Fault(
+        "gradient of the scores missing",
+        "reordered_scan",
+        gradient("scores", None, cut),
+        DIFFERENTIATED,
+    ),
+)
