@@ -34,14 +34,15 @@ class Subject:
     options: dict[str, Any]
     linear: bool = False
 
-    def arguments(self, dtype: str = "float64") -> dict[str, Any]:
+    def arguments(self, dtype: str = "float64", device: str = "cpu") -> dict[str, Any]:
         seed = zlib.crc32(repr((self.operation, self.sizes, self.options)).encode())
         with tokendyn.backend("torch"):
-            return tokendyn.random_inputs(self.operation, seed=seed, dtype=dtype, **self.sizes)
+            made = tokendyn.random_inputs(self.operation, seed=seed, dtype=dtype, **self.sizes)
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in made.items()}
 
-    def split(self, dtype: str = "float64") -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def split(self, dtype: str = "float64", device: str = "cpu") -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The operation as a function of its differentiable arguments alone, all outputs real; and these."""
-        arguments = self.arguments(dtype)
+        arguments = self.arguments(dtype, device)
         wanted = [name for name in OPERATIONS[self.operation].differentiable if name in arguments]
         fixed = {name: value for name, value in arguments.items() if name not in wanted} | self.options
 
@@ -105,7 +106,7 @@ def _form_of_softsort(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
     name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
     if name is not None and SUBJECTS[name].linear:
-        monkeypatch.setattr(_order, "_DENSE_UP_TO", 0)
+        monkeypatch.setattr(_order, "_DENSE_UP_TO", {"cpu": 0, "cuda": 0})
         monkeypatch.setattr(_laplace, "_CHUNK", 2)
 
 
@@ -126,7 +127,10 @@ def scalar(call: Callable[..., Any]) -> Callable[..., Any]:
     """A loss with a gradient of its own for every output element."""
 
     def loss(*values: Any) -> Any:
-        return sum((out.square() * (1 + torch.arange(out.numel()).view_as(out))).sum() for out in leaves(call(*values)))
+        outs = leaves(call(*values))
+        return sum(
+            (out.square() * (1 + torch.arange(out.numel(), device=out.device).view_as(out))).sum() for out in outs
+        )
 
     return loss
 

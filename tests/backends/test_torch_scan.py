@@ -220,11 +220,12 @@ def test_the_compiled_scan_is_one_node_however_long() -> None:
     counts = []
 
     def backend(graph: Any, inputs: Any) -> Any:
+        from functorch.compile import make_boxed_func
         from torch._functorch.aot_autograd import aot_module_simplified
 
         def count(module: Any, inputs: Any) -> Any:
             counts.append(sum(node.op == "call_function" for node in module.graph.nodes))
-            return module
+            return make_boxed_func(module)
 
         return aot_module_simplified(graph, inputs, fw_compiler=count, bw_compiler=count)
 

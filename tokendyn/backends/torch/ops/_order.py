@@ -12,8 +12,8 @@ import torch
 from tokendyn.backends.torch.ops._laplace import laplace_kernel
 from tokendyn.backends.torch.ops._precision import compute_dtype, without_autocast
 
-#: Up to this length the dense product takes less time than the linear one, forward and backward; both are exact.
-_DENSE_UP_TO = 256
+#: Up to these lengths the dense product takes less time than the linear one, forward and backward; both are exact.
+_DENSE_UP_TO = {"cpu": 256, "cuda": 1024}
 
 
 def importance_score(x: torch.Tensor, s_delta: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def effective_tokens(
 
 
 def _is_dense(scores: torch.Tensor, power: float) -> bool:
-    return power != 1 or scores.shape[-1] <= _DENSE_UP_TO
+    return power != 1 or scores.shape[-1] <= _DENSE_UP_TO.get(scores.device.type, _DENSE_UP_TO["cuda"])
 
 
 def _sorted(scores: torch.Tensor, ascending: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

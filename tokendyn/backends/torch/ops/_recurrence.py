@@ -22,8 +22,7 @@ from tokendyn.backends.torch.ops._function import Function
 
 #: Where a step has fewer elements than this, launching it costs more than running it, and blocks pay although
 #: they triple the arithmetic.
-_LAUNCH_BOUND = {"cpu": 1 << 11}
-_LAUNCH_BOUND_ELSEWHERE = 1 << 19
+_LAUNCH_BOUND = {"cpu": 1 << 11, "cuda": 1 << 19}
 _SHORTEST_IN_BLOCKS = 48
 
 
@@ -86,10 +85,10 @@ def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed
 
 def _block_length(x: torch.Tensor) -> int:
     length = len(x)
-    bound = _LAUNCH_BOUND.get(x.device.type, _LAUNCH_BOUND_ELSEWHERE)
+    bound = _LAUNCH_BOUND.get(x.device.type, _LAUNCH_BOUND["cuda"])
     if length < _SHORTEST_IN_BLOCKS or x.numel() >= bound * length:
         return length
-    return math.isqrt(length // 2)
+    return math.isqrt(length)
 
 
 # One node for torch.compile, which would otherwise unroll the loop and copy all of h at every step of it.
