@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -16,6 +17,9 @@ if "jax" in sys.modules and not sys.modules["jax"].config.jax_enable_x64:
     )
 os.environ["JAX_ENABLE_X64"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Without a GPU, Triton's interpreter runs the kernels; Triton reads this when it is imported.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import settings
 

@@ -70,11 +70,17 @@ class Engine:
 
 
 def _triton_declines(call: ScanCall) -> str | None:
+    if call.device != "cuda":
+        return f"the arrays are on {call.device}, it needs an NVIDIA GPU"
     if not _HAS_TRITON:
         return "the package 'triton' is not installed"
-    from tokendyn.backends.torch.ops import _scan_triton
-
-    return _scan_triton.declines(call)
+    if call.dtype == torch.float64:
+        return "it computes in float32, the arrays are float64"
+    if call.state > 256:
+        return f"the state has N = {call.state} entries, it takes at most 256"
+    if call.transformed:
+        return "its operator has no rule for torch.func transforms"
+    return None
 
 
 def _triton_run(*args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The triton engine: which calls it takes, and its scan as an operator that torch.compile and autograd know."""
+"""The triton engine: its scan as an operator that torch.compile and autograd know."""
 
 from __future__ import annotations
 
@@ -122,19 +122,6 @@ def _backward(ctx: Any, dy: torch.Tensor | None, dlast: torch.Tensor | None, _: 
 
 
 scan.register_autograd(_backward, setup_context=_save)
-
-
-def declines(call: Any) -> str | None:
-    """Why the triton engine cannot take a call, or None. See :class:`_engines.ScanCall`."""
-    if call.device != "cuda" and not (launch.INTERPRETED and call.device == "cpu"):
-        return f"the arrays are on {call.device}, it needs an NVIDIA GPU"
-    if call.dtype == torch.float64:
-        return "it computes in float32, the arrays are float64"
-    if call.state > 256:
-        return f"the state has N = {call.state} entries, it takes at most 256"
-    if call.transformed:
-        return "its operator has no rule for torch.func transforms"
-    return None
 
 
 def run(

@@ -1,3 +1,4 @@
+# type: ignore  # triton.jit hides from type checkers what kernels are
 """Triton kernels of the selective scan for any real A: one channel a lane, tokens in order.
 
 A sequence is cut into chunks of TILES x 16 tokens that run in parallel. Forward: end states of all chunks
@@ -88,9 +89,7 @@ def chunk_states(
             start = (chunk * TILES + tile) * STEPS
             if start < stop:
                 valid = (start + tl.arange(0, STEPS) < stop)[None, :]
-                step = _step_sizes(
-                    load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS
-                )
+                step = _step_sizes(load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS)
                 inflow = step * tl.where(valid, load_tile(u_rows, limits, u_l, start, VECTOR), 0.0)
                 total += tl.sum(step, axis=1)
                 if seq_idx is not None:
@@ -141,9 +140,7 @@ def chunk_costates(
             start = (chunk * TILES + TILES - 1 - backwards) * STEPS
             if start < stop:
                 valid = (start + tl.arange(0, STEPS) < stop)[None, :]
-                step = _step_sizes(
-                    load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS
-                )
+                step = _step_sizes(load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS)
                 dout = tl.where(valid, load_tile(dy_rows, limits, dy_l, start, VECTOR_DY), 0.0)
                 if z is not None:
                     z_rows = z + batch * z_b + rows.to(tl.int64) * z_d
@@ -237,9 +234,7 @@ def outputs(
             start = (chunk * TILES + tile) * STEPS
             if start < length:
                 valid = (start + tl.arange(0, STEPS) < stop)[None, :]
-                step = _step_sizes(
-                    load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS
-                )
+                step = _step_sizes(load_tile(delta_rows, limits, delta_l, start, VECTOR), shift, valid, SOFTPLUS)
                 value = tl.where(valid, load_tile(u_rows, limits, u_l, start, VECTOR), 0.0)
                 inflow = step * value
                 if seq_idx is not None:

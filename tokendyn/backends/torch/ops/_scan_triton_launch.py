@@ -1,3 +1,4 @@
+# type: ignore  # triton.jit hides from type checkers what kernels are
 """Launches of the scan kernels: sizes, buffers, grids. No value is looked at, so that CUDA graphs can capture it."""
 
 from __future__ import annotations
@@ -15,25 +16,27 @@ _ROWS, _STEPS, _CHUNK = ROWS.value, STEPS.value, scalar.CHUNK.value
 
 #: General A: tiles of 16 tokens a chunk, blocks of 32 channels whose dB and dC one program adds, warps to keep a
 #: processor busy.
-CHUNK_TILES = 8
+CHUNK_TILES = 4
 BLOCKS_A_BAND = 4
 WARPS_A_PROCESSOR = 16
 
-#: Scalar A: largest N, most channels a program, warps a program (forward, backward), programs to keep a processor busy.
+#: Scalar A: largest N, most channels a program, warps a program (forward, backward), programs to keep
+#: a processor busy, stages of loads in flight.
 SCALAR_STATE = 64
 SCALAR_ROWS = 64
 SCALAR_WARPS = (4, 8)
 SCALAR_PROGRAMS = 2
+SCALAR_STAGES = 3
 
 #: Triton's interpreter runs the kernels on the CPU, for tests.
 INTERPRETED = triton.knobs.runtime.interpret
 
-#: How factors are rounded before tensor cores multiply them: never more coarsely than the results are. The
-#: interpreter has no bfloat16 products.
+#: How factors are rounded before tensor cores multiply and add them: never more coarsely than the results are.
 _SUMS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
-_PRODUCTS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32" if INTERPRETED else "bf16"}
-#: Largest exponent (base 2) over 16 tokens that is factored; float32 also bounds the rounding of the exponent.
-_LIMIT = {torch.float32: 24.0, torch.float16: 57.0, torch.bfloat16: 57.0}
+#: The interpreter has no bfloat16 products.
+_SCALAR_PRODUCTS = "tf32" if INTERPRETED else "bf16"
+#: Where the exponent (base 2) of one token is cut between neighbours.
+_SCALAR_CLAMP = 14.5
 
 
 @functools.cache
@@ -54,8 +57,11 @@ def _like(t: torch.Tensor | None, otherwise: torch.Tensor) -> torch.Tensor:
 
 
 def uses_matrices(A: torch.Tensor, B: torch.Tensor) -> bool:
-    """Whether a call runs as matrix products: by shapes alone."""
-    return A.shape[1] == 1 and B.shape[2] <= SCALAR_STATE
+    """Whether a call runs as matrix products: by shapes and dtype alone.
+
+    Only in bfloat16: products that keep float32's or float16's accuracy (3xTF32) take longer than the recurrence.
+    """
+    return A.shape[1] == 1 and B.shape[2] <= SCALAR_STATE and B.dtype == torch.bfloat16
 
 
 def states_shape(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[int, ...]:
@@ -189,8 +195,8 @@ def general_backward(dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, 
     dB = _floats(u, batch, groups, plan.bands, state, plan.padded)
     dC = torch.empty_like(dB)
     sums = (batch, plan.chunks, u.shape[1])
-    dD = _floats(u, *sums) if D is not None else _floats(u, 0)
-    dbias = _floats(u, *sums) if bias is not None else _floats(u, 0)
+    dD = _floats(u, *(sums if D is not None else (0, 0, 0)))
+    dbias = _floats(u, *(sums if bias is not None else (0, 0, 0)))
     general.gradients[(programs,)](
         dy, u, delta, z, plan.A, B, C, D, bias, seq_idx, lengths, states, costates,
         du, ddelta, dz, dA, dB, dC, dD, dbias, tile_states, work,
@@ -225,9 +231,9 @@ class _Scalar:
         self.sizes = (length, channels, size, groups, self.tiles, state, self.chunks, segment)
         self.per_segment = (batch, self.segments, state, channels)
         self.slots = (batch, self.segments + 1, state, channels)
-        self.rows, self.state = rows, max(16, triton.next_power_of_2(state))
-        self.options = {"SOFTPLUS": softplus, "ROWS": rows, "STATE": self.state, "PRECISION": _PRODUCTS[u.dtype],
-                        "LIMIT": _LIMIT[u.dtype], "num_stages": 1}  # fmt: skip
+        width = max(16, triton.next_power_of_2(state))
+        self.options = {"SOFTPLUS": softplus, "ROWS": rows, "STATE": width, "PRECISION": _SCALAR_PRODUCTS,
+                        "CLAMP": _SCALAR_CLAMP, "num_stages": SCALAR_STAGES}  # fmt: skip
 
 
 def scalar_forward(u, delta, A, B, C, D, z, bias, initial_state, seq_idx, lengths, softplus, keep_states):
@@ -273,12 +279,11 @@ def scalar_backward(dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, l
     dC = torch.empty_like(dB)
     sums = (batch, plan.segments, u.shape[1])
     dA = _floats(u, *sums)
-    dD = _floats(u, *sums) if D is not None else _floats(u, 0)
-    dbias = _floats(u, *sums) if bias is not None else _floats(u, 0)
-    scratch = _floats(u, *plan.grid, 8, plan.rows, plan.state)
+    dD = _floats(u, *(sums if D is not None else (0, 0, 0)))
+    dbias = _floats(u, *(sums if bias is not None else (0, 0, 0)))
     scalar.gradients[plan.grid](
         dy, u, delta, z, A, B, C, D, bias, seq_idx, lengths, states, slots,
-        du, ddelta, dz, dA, dB, dC, dD, dbias, scratch,
+        du, ddelta, dz, dA, dB, dC, dD, dbias,
         *dy.stride(), *u.stride(), *delta.stride(), *_strides(z), *du.stride(), *ddelta.stride(),
         *_strides(None if z is None else dz), *plan.sizes, STORE_FIRST=plan.segments == 1, **plan.options,
         num_warps=SCALAR_WARPS[1],

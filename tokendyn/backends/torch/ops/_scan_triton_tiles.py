@@ -1,3 +1,4 @@
+# type: ignore  # triton.jit hides from type checkers what kernels are
 """Tiles for the Triton kernels: ROWS channels x STEPS tokens, one channel a lane, its tokens in that lane's registers.
 
 With a whole run of tokens in one thread the recurrence over time needs no shuffles, and B and C are read once
