@@ -1,4 +1,4 @@
-"""What the scan and its hidden attention do first with their arguments: dtypes, padding, step size, groups.
+"""What several operations do with their arguments: dtypes, |·|, and padding, step size, groups of a scan.
 
 Padded tokens may hold anything, NaN included. They are replaced by 0 before any arithmetic, so that neither
 their values nor, in the reverse pass, a 0 multiplied by their derivatives can reach another token.
@@ -18,6 +18,11 @@ EXACT = jax.lax.Precision.HIGHEST
 def widen(x: jax.Array) -> jax.Array:
     """``x`` in the dtype in which states are kept and sums are made: float32 for half precision."""
     return x.astype(state_dtype(dtype_name(x)))
+
+
+def absolute(x: jax.Array) -> jax.Array:
+    """|x| with derivative 0 at 0; that of ``jnp.abs`` is 1 there."""
+    return x * jax.lax.stop_gradient(jnp.sign(x))
 
 
 def valid_tokens(lengths: jax.Array | None, length: int) -> jax.Array | None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tokendyn.backends.jax.ops._arguments import EXACT, grouped, sequence_starts, step_size, valid_tokens, widen
+from tokendyn.backends.jax.ops._arguments import (
+    EXACT,
+    absolute,
+    grouped,
+    sequence_starts,
+    step_size,
+    valid_tokens,
+    widen,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "channel", "aggregate", "rows"))
@@ -59,12 +68,12 @@ def hidden_attention(
         group = channel // (d // groups)
         P = attention(step[:, channel], A[channel], B[:, group], C[:, group])
     else:
-        scale = (lambda P: P) if aggregate == "mean" else _absolute
+        scale = (lambda P: P) if aggregate == "mean" else absolute
 
-        def one_group(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
+        def one_group(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
             step, A, B, C = inputs
 
-            def one_channel(total: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
+            def one_channel(total: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
                 P = attention(*own, B, C)
                 return (total, P) if aggregate is None else (total + scale(P) / d, None)
 
@@ -101,8 +110,3 @@ def _kernel(elapsed: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> jax
         return total + jnp.exp(A * elapsed) * jnp.einsum("bl,bj->blj", C, B, precision=EXACT), None
 
     return jax.lax.scan(add, jnp.zeros_like(elapsed), (A, jnp.moveaxis(B, 1, 0), jnp.moveaxis(C, 1, 0)))[0]
-
-
-def _absolute(x: jax.Array) -> jax.Array:
-    """|x| with derivative 0 at 0; that of ``jnp.abs`` is 1 there."""
-    return x * jax.lax.stop_gradient(jnp.sign(x))

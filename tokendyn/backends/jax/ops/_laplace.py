@@ -1,61 +1,87 @@
-"""Products with the Laplace kernel of sorted scores, by decayed scans, and all their derivatives.
+"""Products with the Laplace kernel of sorted scores, block by block, and all their derivatives.
 
-``K_ij = exp(-|s_i - s_j|/τ)``. With s̄ the value of s, e = (s - s̄)/τ and σ_ij = sgn(s̄_i - s̄_j), σ = 0
+``K_ij = exp(-|s_i - s_j|/τ)``. Inside a block of tokens the product is a small dense one. What a block receives
+from those before it passes through one score, the largest of them, since the exponential of a sum of distances
+is a product: three sums a block stand for all earlier tokens.
+
+Derivatives need no rule of their own. With s̄ the value of s, e = (s - s̄)/τ and σ_ij = sgn(s̄_i - s̄_j), σ = 0
 between equal scores::
 
     K_ij = exp(-σ_ij e_i) · exp(-|s̄_i - s̄_j|/τ) · exp(σ_ij e_j)
 
-holds for every s that keeps the order of s̄. So K x is a sum of three products with *constant* kernels, over
-strictly smaller, equal and strictly larger scores, with factors before and behind. e is 0, but its derivatives
-are those of s: written so, JAX's own rules give K's derivatives of every order, forward and reverse, and that
-of |·| at 0 is 0. Differentiating the decays between neighbours instead would share out a tie by position.
+holds for every s near s̄ that leaves equal scores equal. Between blocks only e, which is 0, carries the
+derivatives of s, of every order, and that of |·| at 0 is 0. Differentiating the distances from token to sum and
+from sum to token instead would share out a tie by position.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from tokendyn.backends.jax.ops._arguments import EXACT, absolute
+
+#: Tokens a block, at most.
+BLOCK = 64
+
+_einsum = functools.partial(jnp.einsum, precision=EXACT)
+
 
 def laplace_kernel(s: jax.Array, x: jax.Array, tau: jax.Array | float) -> jax.Array:
-    """``K x`` for ascending scores s (b, L) and x (b, L, D). O(b L D) time and memory.
+    """``K x`` for ascending scores s (b, L) and x (b, L, D). O(b L D) time, O(b L (D + BLOCK)) memory."""
+    batch, length, channels = x.shape
+    blocks = -(-length // BLOCK)
+    size = -(-length // blocks)
+    added = (0, blocks * size - length)  # tokens like the last, but 0
+    s = jnp.pad(s, ((0, 0), added), mode="edge").reshape(batch, blocks, size)
+    x = jnp.pad(x, ((0, 0), added, (0, 0))).reshape(batch, blocks, size, channels)
+    y = _einsum("bnij,bnjd->bnid", jnp.exp(-absolute(s[..., :, None] - s[..., None, :]) / tau), x)
+    if blocks > 1:
+        value = jax.lax.stop_gradient(s)
+        e = (s - value) / tau
+        y = (
+            y
+            + _from_other_blocks(value, e, x, tau, reverse=False)
+            + _from_other_blocks(-value, -e, x, tau, reverse=True)
+        )
+    return y.reshape(batch, blocks * size, channels)[:, :length]
 
-    A score that is NaN or infinite makes its whole row of the batch NaN.
+
+def _from_other_blocks(s: jax.Array, e: jax.Array, x: jax.Array, tau: jax.Array | float, *, reverse: bool) -> jax.Array:
+    """(b, n, Q, D) ``Σ_j K_ij x_j`` over the tokens j of the blocks before that of i, or behind it in ``reverse``.
+
+    Of the tokens passed, whose scores are at most ``top``, it carries ``Σ exp(e_j - (top - s_j)/τ) x_j`` over
+    s_j < top, the same over s_j = top, and ``Σ x_j`` over s_j = top: a token whose score is top too is tied with
+    the latter, and e must not come between them.
+
+    Args:
+        s: (b, n, Q) constant scores in n blocks, ascending from block to block in the direction taken.
+        e: (b, n, Q); see above.
+        x: (b, n, Q, D).
     """
-    value = jax.lax.stop_gradient(s)
-    moved = ((s - value) / tau)[..., None]
-    up, down = jnp.exp(moved), jnp.exp(-moved)
-    gaps = jnp.diff(value)
-    decay = jnp.exp(-gaps / tau)
-    equal = gaps == 0
+    top = s.max(-1)
+    if reverse:
+        passed = jnp.concatenate([top[:, 1:], s[:, -1:].min(-1)], 1)
+    else:
+        passed = jnp.concatenate([s[:, :1].min(-1), top[:, :-1]], 1)
 
-    smaller = _decayed(decay, up * x)
-    tied = _decayed(equal.astype(x.dtype), x)
-    larger = jnp.flip(_decayed(jnp.flip(decay, 1), jnp.flip(down * x, 1)), 1)
+    at_top = s == top[..., None]
+    weight = jnp.exp(e - (top[..., None] - s) / tau)
+    weights = jnp.stack([jnp.where(at_top, 0, weight), jnp.where(at_top, weight, 0), at_top.astype(x.dtype)], -2)
+    own = _einsum("bnkj,bnjd->bnkd", weights, x)
 
-    # A group of equal scores ends the sums of all its members at the place before its first, after its last.
-    place = jnp.arange(s.shape[1])
-    first = jax.lax.cummax(jnp.where(_pad(equal, 1, 0), 0, place), axis=1)
-    last = jax.lax.cummin(jnp.where(_pad(equal, 0, 1), s.shape[1] - 1, place), axis=1, reverse=True)
-    smaller = _pad(decay[..., None] * smaller[:, :-1], 1, 0)
-    larger = _pad(decay[..., None] * larger[:, 1:], 0, 1)
-    return down * _at(smaller, first) + _at(tied, last) + up * _at(larger, last)
+    def block(sums: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        own, decay, same = inputs  # same: the block lies at the top of those before it
+        below = decay * (sums[:, :1] + sums[:, 1:2])
+        return own + jnp.where(same, sums, jnp.pad(below, ((0, 0), (0, 2), (0, 0)))), sums
 
+    steps = (own, jnp.exp(-(top - passed) / tau)[..., None, None], (top == passed)[..., None, None])
+    steps = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), steps)
+    _, sums = jax.lax.scan(block, jnp.zeros_like(own[:, 0]), steps, reverse=reverse)
 
-def _decayed(decay: jax.Array, x: jax.Array) -> jax.Array:
-    """``f_i = decay_{i-1} f_{i-1} + x_i`` along axis 1; decay (b, L-1), x (b, L, D)."""
-
-    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
-    return jax.lax.associative_scan(combine, (_pad(decay, 1, 0)[..., None], x), axis=1)[1]
-
-
-def _pad(x: jax.Array, before: int, after: int) -> jax.Array:
-    """``x`` with zeros before and after along axis 1."""
-    return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)))
-
-
-def _at(x: jax.Array, places: jax.Array) -> jax.Array:
-    """``out[b, i] = x[b, places[b, i]]``."""
-    return jnp.take_along_axis(x, places[..., None], axis=1)
+    tied = s == passed[..., None]
+    weight = jnp.exp(-e - (s - passed[..., None]) / tau)
+    weights = jnp.stack([weight, jnp.where(tied, 0, weight), tied.astype(x.dtype)], -1)
+    return _einsum("bnik,nbkd->bnid", weights, sums)

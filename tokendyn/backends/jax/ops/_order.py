@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tokendyn.backends.jax.ops._arguments import EXACT, widen
+from tokendyn.backends.jax.ops._arguments import EXACT, absolute, widen
 from tokendyn.backends.jax.ops._laplace import laplace_kernel
 
 _einsum = functools.partial(jnp.einsum, precision=EXACT)
@@ -145,7 +145,9 @@ def _with_column(x: jax.Array, value: float) -> jax.Array:
 def _kernel(rows: jax.Array, columns: jax.Array, tau: jax.Array, power: float) -> jax.Array:
     """(b, L, L) ``exp(-|rows_k - columns_l|^power / tau)``; the derivative of |·| at 0 is 0."""
     r = columns[:, None, :] - rows[:, :, None]
-    if power == 2:
+    if power == 1:
+        distance = absolute(r)
+    elif power == 2:
         distance = r * r
     else:
         apart = r != 0

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from tokendyn.backends.jax.ops._arguments import EXACT, grouped, keep, sequence_starts, step_size, valid_tokens, widen
 
 #: Tokens a chunk.
-CHUNK = 16
+CHUNK = 32
 
 _einsum = functools.partial(jnp.einsum, precision=EXACT)
 
