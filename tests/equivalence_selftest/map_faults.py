@@ -45,30 +45,35 @@ def reversed_places(out: Any) -> Any:
 
 
 INPUT_OUTPUT = (
-    Fault("mixed parametrisation with wrong v", "io_projections", instead(wrong_signs), MAIN),
+    Fault("mixed parametrisation with wrong v", "io_projections", instead(wrong_signs), MAIN, where="mixed, paper"),
     Fault(
         "positive for negative",
         "io_projections",
         given(lambda a: {"regime": "positive" if a["regime"] == "negative" else a["regime"]}),
         MAIN,
+        where="negative, paper",
     ),
     Fault(
         "offset in the published mixed form",
         "io_projections",
         given(lambda a: {"form": "scale_matched" if a["form"] == "published_code" else a["form"]}),
         MAIN,
+        where="mixed, published_code",
     ),
-    Fault("offset left out", "io_projections", given(lambda a: {"form": "paper"}), MAIN),
+    Fault(
+        "offset left out", "io_projections", given(lambda a: {"form": "paper"}), MAIN, where="positive, published_code"
+    ),
     Fault("S_B and S_C swapped", "io_projections", instead(lambda call, a: call(**a)[::-1]), MAIN),
     Fault(
         "gradient of the diagonal missing",
         "io_projections",
         gradient("diagonal", None, cut),
         DIFFERENTIATED,
+        where="positive, paper",
     ),
     Fault("eigenvalue sign", "io_spectrum", made(lambda values: -values), MAIN),
-    Fault("eigenvalues ascending", "io_spectrum", made(reversed_places), MAIN),
-    Fault("conjugate pairs swapped", "io_spectrum", made(lambda values: values.conj()), MAIN),
+    Fault("eigenvalues ascending", "io_spectrum", made(reversed_places), MAIN, where="D above 2N"),
+    Fault("conjugate pairs swapped", "io_spectrum", made(lambda values: values.conj()), MAIN, where="D above 2N"),
     Fault(
         "half missing in the symmetric part",
         "io_spectrum",
@@ -116,31 +121,39 @@ def not_projected(call: Callable[..., Any], a: Arguments) -> Any:
 
 
 FLOWS = (
-    Fault("sign of M", "flow_rhs", changed(mu=lambda v: -v, M=lambda v: -v, S_B=lambda v: -v), MAIN),
+    Fault("sign of M", "flow_rhs", changed(mu=lambda v: -v, M=lambda v: -v, S_B=lambda v: -v), MAIN, where="line, L=1"),
     Fault("later tokens seen, not earlier ones", "flow_rhs", instead(anticausal), MAIN),
     Fault("M transposed", "flow_rhs", changed(M=transposed), MAIN),
-    Fault("S_B and S_C swapped", "flow_rhs", given(maps_swapped), MAIN),
+    Fault("S_B and S_C swapped", "flow_rhs", given(maps_swapped), MAIN, where="low rank"),
     Fault("S_Δ transposed", "flow_rhs", changed(s_delta=lambda v: transposed(v) if kind_of(v) else v), MAIN),
     Fault("bias dropped", "flow_rhs", given(lambda a: {"bias": None}), MAIN),
     Fault("bias added twice", "flow_rhs", changed(bias=lambda v: v * 2)),
     Fault("sign of a lost", "flow_rhs", changed(a=lambda v: -v)),
-    Fault("0.4 % scale error", "flow_rhs", made(lambda dx: dx * 1.004), MAIN),
-    Fault("gradient of s_delta missing", "flow_rhs", gradient("s_delta", None, cut), DIFFERENTIATED),
-    Fault("gradient of a missing", "flow_rhs", gradient("a", None, cut), DIFFERENTIATED),
+    Fault("0.4 % scale error", "flow_rhs", made(lambda dx: dx * 1.004), MAIN, where="line, L=1"),
+    Fault("gradient of s_delta missing", "flow_rhs", gradient("s_delta", None, cut), DIFFERENTIATED, where="line, L=1"),
+    Fault("gradient of a missing", "flow_rhs", gradient("a", None, cut), DIFFERENTIATED, where="line, L=1"),
     Fault("not projected", "sphere_flow", instead(not_projected), MAIN),
     Fault("later tokens seen, not earlier ones", "sphere_flow", instead(anticausal), MAIN),
-    Fault("value matrix transposed", "sphere_flow", changed(W=transposed), MAIN),
-    Fault("value matrix ignored", "sphere_flow", without("W"), MAIN),
+    Fault("value matrix transposed", "sphere_flow", changed(W=transposed), MAIN, where="C: value matrix"),
+    Fault("value matrix ignored", "sphere_flow", without("W"), MAIN, where="C: value matrix"),
     Fault("gradient of x missing", "sphere_flow", gradient("x", None, cut), DIFFERENTIATED),
     Fault("causality ignored", "attention_flow", given(lambda a: {"causal": False}), MAIN),
-    Fault("softmax for every kind", "attention_flow", given(lambda a: {"kind": "softmax"}), MAIN),
+    Fault(
+        "softmax for every kind",
+        "attention_flow",
+        given(lambda a: {"kind": "softmax"}),
+        MAIN,
+        where="linear, causal, sphere",
+    ),
     Fault("Q and K swapped", "attention_flow", given(lambda a: {"Q": a["K"], "K": a["Q"]}), MAIN),
     Fault("scores divided by √N", "attention_flow", changed(Q=lambda v: v * v.shape[0] ** -0.5), MAIN),
-    Fault("value matrix ignored", "attention_flow", without("V"), MAIN),
-    Fault("sphere ignored", "attention_flow", given(lambda a: {"sphere": False}), MAIN),
+    Fault("value matrix ignored", "attention_flow", without("V"), MAIN, where="more rows than one block"),
+    Fault(
+        "sphere ignored", "attention_flow", given(lambda a: {"sphere": False}), MAIN, where="softmax, causal, sphere"
+    ),
     Fault("gradient of K missing", "attention_flow", gradient("K", None, cut), DIFFERENTIATED),
-    Fault("lags counted from the other end", "autoregressive_flow", changed(phi=reversed_places), MAIN),
-    Fault("sphere ignored", "autoregressive_flow", given(lambda a: {"sphere": True}), MAIN),
-    Fault("one token shifted", "autoregressive_flow", made(lambda dx: earlier(dx, axis=1)), MAIN),
+    Fault("lags counted from the other end", "autoregressive_flow", changed(phi=reversed_places), MAIN, where="p=3"),
+    Fault("sphere ignored", "autoregressive_flow", given(lambda a: {"sphere": True}), MAIN, where="in space"),
+    Fault("one token shifted", "autoregressive_flow", made(lambda dx: earlier(dx, axis=1)), MAIN, where="p=1"),
     Fault("gradient of phi missing", "autoregressive_flow", gradient("phi", None, cut), DIFFERENTIATED),
 )

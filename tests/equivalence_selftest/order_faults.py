@@ -86,19 +86,28 @@ ORDERS = (
         "take_tokens",
         instead(lambda call, a: tokendyn.put_tokens(a["x"], a["indices"])),
         MAIN,
+        where="L=63",
     ),
     Fault(
         "transposed permutation",
         "put_tokens",
         instead(lambda call, a: tokendyn.take_tokens(a["y"], a["indices"])),
         MAIN,
+        where="L=63",
     ),
-    Fault("inverse permutation returned", "hard_order", instead(inverse_order), MAIN),
-    Fault("unstable sort", "hard_order", instead(ties_reversed), MAIN, "exact"),
-    Fault("descending order by flipping", "hard_order", instead(descending_by_flipping), MAIN, "exact"),
-    Fault("ascending ignored", "softsort", given(lambda a: {"ascending": True}), MAIN),
-    Fault("tau ignored", "softsort", given(lambda a: {"tau": 1.0}), MAIN),
-    Fault("power ignored", "softsort", given(lambda a: {"power": 1}), MAIN),
+    Fault("inverse permutation returned", "hard_order", instead(inverse_order), MAIN, where="L=63"),
+    Fault("unstable sort", "hard_order", instead(ties_reversed), MAIN, "exact", where="ties"),
+    Fault(
+        "descending order by flipping",
+        "hard_order",
+        instead(descending_by_flipping),
+        MAIN,
+        "exact",
+        where="ties descending",
+    ),
+    Fault("ascending ignored", "softsort", given(lambda a: {"ascending": True}), MAIN, where="descending"),
+    Fault("tau ignored", "softsort", given(lambda a: {"tau": 1.0}), MAIN, where="L=197"),
+    Fault("power ignored", "softsort", given(lambda a: {"power": 1}), MAIN, where="ties, square"),
     Fault(
         "hard in place of soft",
         "softsort",
@@ -112,6 +121,7 @@ ORDERS = (
             lambda call, a: tokendyn.softsort(a["scores"], a["y"], **{k: a[k] for k in a if k not in ("scores", "y")})
         ),
         MAIN,
+        where="L=63",
     ),
     Fault(
         "restore not normalised",
@@ -123,11 +133,12 @@ ORDERS = (
             )
         ),
         ("torch",),
+        where="L=63",
     ),
-    Fault("matrix transposed", "softsort_matrix", made(lambda P: P.swapaxes(1, 2)), MAIN),
+    Fault("matrix transposed", "softsort_matrix", made(lambda P: P.swapaxes(1, 2)), MAIN, where="L=63"),
     Fault("half as many effective tokens", "effective_tokens", given(lambda a: {"tau": a.get("tau", 1.0) / 2}), MAIN),
-    Fault("tie gradient by position", "softsort", instead(softsort_with(by_position)), DIFFERENTIATED),
-    Fault("derivative of |.| at 0 is 1", "softsort", instead(softsort_with(one_at_zero)), DIFFERENTIATED),
+    Fault("tie gradient by position", "softsort", instead(softsort_with(by_position)), DIFFERENTIATED, where="ties"),
+    Fault("derivative of |.| at 0 is 1", "softsort", instead(softsort_with(one_at_zero)), DIFFERENTIATED, where="ties"),
     Fault(
         "gradient of scores missing",
         "softsort",
@@ -151,6 +162,7 @@ ORDERS = (
             )
         ),
         MAIN,
+        where="L=63",
     ),
     Fault(
         "gradient of k missing",
@@ -185,9 +197,6 @@ COMPOSITIONS = (
     Fault("order not undone", "reordered_scan", instead(mixer(undo=False)), MAIN),
     Fault("restore is apply", "reordered_scan", instead(mixer(restore="apply")), MAIN),
     Fault(
-        "gradient of the scores missing",
-        "reordered_scan",
-        gradient("scores", None, cut),
-        DIFFERENTIATED,
+        "gradient of the scores missing", "reordered_scan", gradient("scores", None, cut), DIFFERENTIATED, where="soft"
     ),
 )

@@ -33,6 +33,7 @@ class Fault:
         plant: makes the faulty implementation from the right one.
         backends: where it is planted.
         caught_by: the check that must catch it, if only one will do.
+        where: the case that is tried first, since it is known to catch it. The others follow.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Fault:
     plant: Plant
     backends: tuple[str, ...] = ("torch",)
     caught_by: str | None = None
+    where: str | None = None
 
 
 MAIN = ("numpy", "torch", "jax")
