@@ -151,7 +151,9 @@ def test_images_that_break_during_the_training(tree: Path, tmp_path: Path, capsy
     assert accuracy * 8 == pytest.approx(round(accuracy * 8))  # 8 of the 9 held-out images count
 
 
-def test_the_environment_is_a_whitelist(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_a_whitelist(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SOME_TOKEN", "a-secret-nobody-should-see")
     out = tmp_path / "out"
     command = ["--data-dir", str(tree), "--out", str(out), "--seeds", "0", "--arms", "baseline", *FAST]
@@ -160,10 +162,14 @@ def test_the_environment_is_a_whitelist(tree: Path, tmp_path: Path, monkeypatch:
     known = "command tokendyn revision python packages system release machine cpu gpus cuda"
     assert set(record) == set(known.split())
     assert record["command"] == ["python", "-m", "tokendyn.experiments.imagenet", *command]
-    del record["command"]
+    typed = record.pop("command")
     text = json.dumps(record)
     for private in ("a-secret", socket.gethostname(), str(Path.home()), os.getcwd()):
         assert private not in text
+
+    (out / "environment.json").write_text(json.dumps([record | {"command": typed, "packages": {"torch": "0.1"}}]))
+    assert main([*command, "--resume", "auto"]) == 0
+    assert "note: not as in the last sitting: packages; the last bits may differ" in capsys.readouterr().err
 
 
 def test_expected_places() -> None:

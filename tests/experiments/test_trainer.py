@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, trainer
-from tokendyn.errors import CheckpointError, NonFiniteError, OptionError
+from tokendyn.errors import CheckpointError, DataError, NonFiniteError, OptionError
 from tokendyn.experiments import _random
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import TrainConfig
 from tokendyn.experiments._optim import learning_rate, make_optimizer
 from tokendyn.experiments._records import read_records
-from tokendyn.experiments._trainer import load_trained, numerics, resolve_device
+from tokendyn.experiments._trainer import Batch, load_trained, numerics, resolve_device
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -216,3 +216,15 @@ def test_compiled_and_half_precision_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         read_records(tmp_path / "metrics.jsonl")[1]["loss"] != read_records(tmp_path / "whole/metrics.jsonl")[1]["loss"]
     )
+
+
+class UnreadableTask(TinyTask):
+    def batch(self, step: int) -> Batch:
+        raise DataError("no example can be read")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
+    with pytest.raises(DataError) as raised:
+        trainer(tmp_path, UnreadableTask(), workers=workers).run()
+    assert str(raised.value) == "no example can be read"

@@ -63,10 +63,10 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
     except Stopped as stopped:
         return _complain(str(stopped), 128 + stopped.number)
     except KeyboardInterrupt:
-        return _complain("interrupted before the first step; nothing to save", INTERRUPTED)
+        return _complain("interrupted; what the last checkpoint holds can be continued with --resume auto", INTERRUPTED)
     except NonFiniteError as error:
         return _complain(str(error), NON_FINITE)
-    except (_Misuse, TokendynError) as error:
+    except (_Misuse, TokendynError, OSError) as error:  # OSError: disk full, no permission
         return _complain(str(error), MISTAKE)
     return 0
 

@@ -43,8 +43,9 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and CUDA's state
     messages: Any = context.Queue()
     stop = context.Value("i", 0)
-    with ProcessPoolExecutor(jobs, context, _begin, (messages, stop)) as pool:
-        futures = [pool.submit(_call, run, arm, seed) for arm, seed in pairs]
+    # `run` holds the data: it is sent once a process, not once a call.
+    with ProcessPoolExecutor(jobs, context, _begin, (run, messages, stop)) as pool:
+        futures = [pool.submit(_call, arm, seed) for arm, seed in pairs]
         pending, failure = set(futures), None
         while pending:
             done, pending = wait(pending, timeout=_FREQUENCY, return_when=FIRST_COMPLETED)
@@ -87,16 +88,16 @@ class _SharedStop:
         return self._stop.value or None
 
 
-_child: tuple[_Messenger, _SharedStop]
+_child: tuple[Callable[..., bool], _Messenger, _SharedStop]
 
 
-def _begin(messages: Any, stop: Any) -> None:
+def _begin(run: Callable[..., bool], messages: Any, stop: Any) -> None:
     """First in every child process."""
     global _child
     leave_signals_to_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _child = _Messenger(messages), _SharedStop(stop)
+    _child = run, _Messenger(messages), _SharedStop(stop)
 
 
 def _end_with_parent() -> None:
@@ -106,8 +107,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call(run: Callable[..., bool], arm: str, seed: int) -> bool:
-    return run(arm, seed, *_child)
+def _call(arm: str, seed: int) -> bool:
+    run, messenger, stop = _child
+    return run(arm, seed, messenger, stop)
 
 
 def _forward(messages: Any, progress: Listener) -> None:

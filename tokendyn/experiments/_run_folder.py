@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from tokendyn.experiments._files import write_json
 from tokendyn.experiments._records import read_records
 
 FORMAT = 1
+DECIDES_BITS = ("tokendyn", "revision", "packages", "cpu", "gpus")  # of the environment
 LOCK_PATIENCE = 3.0  # seconds for a process that was killed to let go of its run
 
 
@@ -78,7 +80,11 @@ def open_folder(
             write_json(config, {"format": FORMAT, "experiment": experiment, **identity, **shown})
         sittings_file = folder / "environment.json"
         sittings = json.loads(sittings_file.read_bytes()) if sittings_file.is_file() else []
-        write_json(sittings_file, [*sittings, describe_environment(command)])
+        environment = describe_environment(command)
+        changed = [key for key in DECIDES_BITS if sittings and sittings[-1][key] != environment[key]]
+        if changed:
+            print(f"note: not as in the last sitting: {', '.join(changed)}; the last bits may differ", file=sys.stderr)
+        write_json(sittings_file, [*sittings, environment])
     except OSError as cause:
         raise OptionError(f"the run folder {folder} cannot be used ({cause}); choose another --out") from cause
     return folder

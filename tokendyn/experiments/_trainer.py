@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from tokendyn.errors import CheckpointError, NonFiniteError, OptionError
+from tokendyn.errors import CheckpointError, NonFiniteError, OptionError, TokendynError
 from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
 from tokendyn.experiments._cli import Stopped
@@ -188,6 +188,8 @@ class Trainer:
         config = self.train_config
         began, began_at = time.perf_counter(), self.step
         for batch in self._batches():
+            if isinstance(batch, TokendynError):
+                raise batch
             self._update(batch)
             self.step += 1
             self.progress.advance()
@@ -220,7 +222,7 @@ class Trainer:
         write_json(self.folder / "result.json", result)
         return result
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch | TokendynError]:
         loader = DataLoader(
             _Steps(self.task, self.step, self.total),
             batch_size=None,  # one item is one whole batch
@@ -384,8 +386,11 @@ def _build(task: Task, seed: int, like: Task | None) -> nn.Module:
     return model
 
 
-class _Steps(Dataset[Batch]):
-    """The batches of steps ``start`` to ``stop`` as a data set, so that worker processes can make them."""
+class _Steps(Dataset["Batch | TokendynError"]):
+    """The batches of steps ``start`` to ``stop`` as a data set, so that worker processes can make them.
+
+    An error of ours is an item like any other: raised in a worker it would arrive wrapped in a traceback.
+    """
 
     def __init__(self, task: Task, start: int, stop: int) -> None:
         self.task, self.start, self.stop = task, start, stop
@@ -393,5 +398,8 @@ class _Steps(Dataset[Batch]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, place: int) -> Batch:
-        return self.task.batch(self.start + place)
+    def __getitem__(self, place: int) -> Batch | TokendynError:
+        try:
+            return self.task.batch(self.start + place)
+        except TokendynError as error:
+            return error

@@ -41,6 +41,11 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         command=command,
     )
     print(f"{preset}: {len(images.train)} training and {len(images.held_out)} held-out images; results in {folder}")
+    if preset == "demo" and config.data.data_dir is not None:
+        print(
+            f"note: the preset demo brings images to {config.data.image_size} px; the presets cifar10 (32 px) and "
+            f"imagenette (64 px) are made for larger ones"
+        )
     sys.stdout.flush()
     study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
     runs = study.run(config.run.jobs)
