@@ -91,14 +91,15 @@ def _naive(u, delta, A, B, C, D, bias, y):
 def naive_loop(inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The scan as a first Numba version would have it."""
     y = np.empty_like(inputs["u"])
-    _naive(*(inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias")), y)
+    u, delta, A, B, C, D, bias = (inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"))
+    _naive(u, delta, A, B, C, D, bias, y)
     return y
 
 
 def check(name: str, got: np.ndarray, inputs: dict[str, np.ndarray]) -> float:
     """The normwise error of ``got`` against the spec on some channels; beyond the tolerance table it raises."""
     chosen = np.linspace(0, inputs["u"].shape[1] - 1, CHECKED).astype(int)
-    part = {key: value[:, chosen] if key in ("u", "delta") else value for key, value in inputs.items()}
+    part: dict[str, Any] = {key: value[:, chosen] if key in ("u", "delta") else value for key, value in inputs.items()}
     part.update({key: inputs[key][chosen] for key in ("A", "D", "delta_bias")})
     want = core.selective_scan(**part, delta_softplus=True)
     error = float(np.linalg.norm(got[:, chosen] - want) / np.linalg.norm(want))
