@@ -70,8 +70,8 @@ def softsort(scores: Any, x: Any, *, tau: float = 1.0, power: float = 1, ascendi
     their order (stable, also when descending), and the derivative of ``|·|`` at 0 is 0. As tau → 0, P becomes
     the permutation that sorts.
 
-    With ``power=1`` no L x L matrix is made: after a sort ``exp(-|s_(j) - s_(i)|/tau)`` is semiseparable
-    and P x is two decayed scans, exact for every tau, ties included.
+    With ``power=1`` no L x L matrix is made of a long sequence: after a sort ``exp(-|s_(j) - s_(i)|/tau)`` is
+    semiseparable and P x is two decayed scans, exact for every tau, ties included.
 
     Args:
         scores: (b, L) finite.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 
@@ -13,7 +16,8 @@ def compute_dtype(*arrays: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def without_autocast(like: torch.Tensor) -> torch.autocast:
+def without_autocast(like: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which matrix products keep the dtype they are given: a scan or a sort rounded to bfloat16 by an
     autocast meant for a model's projections would be another scan, another order."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -8,7 +8,8 @@
 They are the gradients of each other: with G the cotangent of h, the transposed recurrence of G is the
 cotangent of x, and times h_{l-1} that of a. So one function serves derivatives of every order.
 
-Only products of the a's are made, never ratios, so growth (a > 1), resets (a = 0) and tiny a are exact.
+Only products of the a's are made, never ratios, so growth (a > 1), resets (a = 0) and tiny a are exact. Where the
+recurrence is solved in blocks (see :func:`linear_recurrence`) a product over sqrt(L) tokens must not overflow.
 """
 
 from __future__ import annotations
