@@ -1,8 +1,8 @@
 """Compiling kernels, and running one over many tiles on several threads.
 
 The kernels release the GIL and write to disjoint places, and no sum is divided among threads, so results are the
-same bits for any number of threads. Plain Python threads rather than Numba's ``prange``: kernels compile in a
-fraction of the time, calls from several threads are safe, no thread spins while idle, and a process may fork.
+same bits for any number of threads. Plain Python threads rather than Numba's ``prange``: its layers either do not
+allow calls from several threads (workqueue) or do not survive a fork (OpenMP).
 
 The number of threads is Numba's: the environment variable ``NUMBA_NUM_THREADS``, else the CPUs of this process.
 """
