@@ -37,9 +37,10 @@ def keep(x: jax.Array, valid: jax.Array | None) -> jax.Array:
     return jnp.where(valid.reshape(len(x), *(1,) * (x.ndim - 2), -1), x, 0)
 
 
-def sequence_starts(seq_idx: jax.Array) -> jax.Array:
-    """(b, L) booleans: another packed sequence begins at this token. Never at the first."""
-    return jnp.pad(seq_idx[:, 1:] != seq_idx[:, :-1], ((0, 0), (1, 0)))
+def sequence_starts(seq_idx: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """(b, L) booleans: another packed sequence begins at this token. Never at the first, nor in the padding."""
+    starts = jnp.pad(seq_idx[:, 1:] != seq_idx[:, :-1], ((0, 0), (1, 0)))
+    return starts if valid is None else starts & valid
 
 
 def step_size(

@@ -52,7 +52,7 @@ def run(
         h = jnp.zeros((batch, groups, state, channels), step.dtype)
     else:
         h = widen(initial_state).reshape(batch, groups, channels, state).mT
-    starts = None if seq_idx is None else sequence_starts(seq_idx)
+    starts = None if seq_idx is None else sequence_starts(seq_idx, valid)
     y, h = _recurrence(
         step.reshape(batch, groups, channels, -1),
         (step * x).reshape(batch, groups, channels, -1),
