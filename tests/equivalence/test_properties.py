@@ -158,6 +158,28 @@ def test_the_scan_is_linear_in_its_input(
     assert np.linalg.norm(numbers(backend, both) - expected) <= VALUES * scale
 
 
+def test_overflow_is_seen_and_stays_where_it_is(backend: str) -> None:
+    """h_l = e^{2l}: float32 ends at token 44. From there on no finite number comes out, and nowhere else any other."""
+    length = 60
+    step = np.zeros((2, 1, length))
+    step[0] = 2.0  # the first sequence grows, the second adds up
+    arguments = {
+        "u": np.ones((2, 1, length)),
+        "delta": step + (step == 0) * 1e-3,
+        "A": np.ones((1, 1)),
+        "B": np.ones((2, 1, length)),
+        "C": np.ones((2, 1, length)),
+    }
+    exact = tokendyn.core.selective_scan(**arguments)
+    arrays = {name: load_backend(backend).from_numpy(v, "float32") for name, v in arguments.items()}
+    with np.errstate(over="ignore"):
+        y = numbers(backend, tokendyn.selective_scan(**arrays))
+    representable = np.abs(exact) < np.finfo(np.float32).max
+    assert not representable[0, 0, -1]
+    assert np.array_equal(np.isfinite(y), representable)
+    np.testing.assert_allclose(y[representable], exact[representable], rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ orders
 
 

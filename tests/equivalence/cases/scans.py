@@ -74,6 +74,15 @@ def attention_arguments(rng: Rng, *, d: int = 2, b: int = 1, L: int = 17, **opti
     return {name: value for name, value in arguments.items() if name not in ("u", "D", "z")}
 
 
+def poisoned_padding(arguments: dict[str, Any]) -> dict[str, Any]:
+    """NaN wherever there is padding: it stands for whatever memory held."""
+    padding = np.arange(arguments["delta"].shape[-1]) >= arguments["lengths"][:, None]
+    for name in ("u", "delta", "z", "B", "C"):
+        if name in arguments:
+            arguments[name][np.broadcast_to(padding[:, None], arguments[name].shape)] = np.nan
+    return arguments
+
+
 def uniform_steps(rng: Rng, shape: tuple[int, ...]) -> np.ndarray:
     return rng.uniform(0.05, 1.0, shape)
 
@@ -140,6 +149,12 @@ def selective_scan() -> Iterator[Case]:
     yield case("padded", NO_FLOAT16, lengths=np.array([0, 40]))
     yield case("padded, one of them full", lengths=np.array([63, 1]))
     yield case("all padding", lengths=np.array([0, 0]))
+    yield Case(
+        "selective_scan",
+        "padded with NaN",
+        lambda rng: poisoned_padding(scan_arguments(rng, lengths=np.array([0, 40]))),
+        NO_FLOAT16,
+    )
     yield case(
         "packed and padded", seq_idx=PACKED.astype(np.int32), lengths=np.array([6, 62], np.int32), structural=True
     )
@@ -217,6 +232,11 @@ def hidden_attention() -> Iterator[Case]:
     yield case("packed rows", seq_idx=SHORT_PACKED, b=2, rows=(4, 9), aggregate="mean_abs", structural=True)
     yield case("padded", lengths=np.array([0, 9]), b=2)
     yield case("padded, one of them full", lengths=np.array([17, 1]), b=2)
+    yield Case(
+        "hidden_attention",
+        "padded with NaN",
+        lambda rng: poisoned_padding(attention_arguments(rng, lengths=np.array([0, 9]), b=2)),
+    )
     yield case(
         "packed and padded, mean",
         seq_idx=SHORT_PACKED,
