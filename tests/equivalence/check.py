@@ -36,8 +36,8 @@ class Case:
         fixed_dtypes: dtypes by argument that do not follow the run's.
         constant: differentiable arguments that have no gradient with these options.
         half_parameters: in half precision, give the parameters in it too; else they stay in float32.
-        structural: what is awkward is the structure, not the numbers. JAX, which compiles every structure anew for
-            every dtype, runs these in the first dtype only.
+        compiled: the dtypes in which JAX runs it, all by default. JAX compiles every structure anew for every dtype,
+            so where the structure is what is awkward, not the numbers, ``ONCE`` is enough.
     """
 
     subject: str
@@ -49,7 +49,7 @@ class Case:
     fixed_dtypes: dict[str, str] = field(default_factory=dict)
     constant: tuple[str, ...] = ()
     half_parameters: bool = False
-    structural: bool = False
+    compiled: tuple[str, ...] | None = None
 
     @property
     def id(self) -> str:
@@ -60,8 +60,9 @@ class Case:
         for backend in SUBJECTS[self.subject].backends:
             if self.strided and backend == "jax":
                 continue  # JAX arrays have no strides
-            for dtype in self.dtypes[:1] if self.structural and backend == "jax" else self.dtypes:
-                if dtype in BACKENDS[backend].dtypes:
+            for dtype in self.dtypes:
+                left_out = backend == "jax" and self.compiled is not None and dtype not in self.compiled
+                if dtype in BACKENDS[backend].dtypes and not left_out:
                     yield backend, dtype
 
     def argument_dtypes(self, arguments: dict[str, Any], dtype: str) -> dict[str, str]:

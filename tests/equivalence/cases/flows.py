@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..check import Case
-from .common import WIDE, Rng
+from .common import ONCE, WIDE, Rng
 
 #: Parameters of the line as Python numbers, which have no gradient.
 NUMBERS = {"mu": 0.7, "s_delta": -0.4, "a": 1.5, "bias": 0.2}
@@ -28,27 +28,27 @@ def flow_rhs() -> Iterator[Case]:
                 **more.get("options", {}),
             }
 
-        more = {"structural": True, **more}
+        more = {"compiled": ONCE, **more}
         return Case("flow_rhs", name, arguments, **{key: value for key, value in more.items() if key != "options"})
 
     for L in (1, 2, 63, 197):
-        yield line(f"line, L={L}", L, structural=L < 63)
+        yield line(f"line, L={L}", L, compiled=None if L == 63 else ONCE)
     yield line("line, one set of parameters", each=False)
     yield line("line, numbers", each=False, options=NUMBERS, constant=tuple(NUMBERS))
     yield line("line, bias", options={"bias": np.array([-4.0, 0.0, 3.0])})
-    yield line("line, far from 0", 63, scale=30.0, structural=False)
-    yield line("line, close to 0", 63, scale=1e-4, structural=False)
+    yield line("line, far from 0", 63, scale=30.0, compiled=None)
+    yield line("line, close to 0", 63, scale=1e-4, compiled=None)
     yield line("line, strided", strided=True)
 
     def space(name: str, **options: Any) -> Case:
         numbers = tuple(key for key, value in options.items() if isinstance(value, float) and key != "scale")
-        structural = options.pop("structural", True)
+        compiled = options.pop("compiled", ONCE)
         return Case(
-            "flow_rhs", name, lambda rng: channel_arguments(rng, **options), constant=numbers, structural=structural
+            "flow_rhs", name, lambda rng: channel_arguments(rng, **options), constant=numbers, compiled=compiled
         )
 
     for L in (1, 2, 63):
-        yield space(f"L={L}", L=L, structural=L < 63)
+        yield space(f"L={L}", L=L, compiled=None if L == 63 else ONCE)
     yield space("one channel as a matrix", D=1)
     yield space("shared step size", shared=True, bias="number")
     yield space("shared step size, one a", shared=True, a=0.8)
@@ -58,7 +58,7 @@ def flow_rhs() -> Iterator[Case]:
     yield space("general A", N=3, a="general")
     yield space("general A, shared step size", N=3, a="general", shared=True)
     yield space("number a", a=1.3, bias=-0.5)
-    yield space("far from 0", L=63, scale=20.0, structural=False)
+    yield space("far from 0", L=63, scale=20.0, compiled=None)
     yield Case("flow_rhs", "strided", lambda rng: channel_arguments(rng, N=3, a="general"), strided=True)
 
 
@@ -104,7 +104,7 @@ def sphere_flow() -> Iterator[Case]:
             lambda rng: channel_arguments(rng, **arguments),
             strided=strided,
             constant=numbers,
-            structural=name != "L=63",
+            compiled=None if name == "L=63" else ONCE,
         )
 
     for L in (1, 2, 63):
@@ -126,7 +126,7 @@ def attention_flow() -> Iterator[Case]:
             made["K"] = rng.standard_normal((N, D))
             return {**made, **({"V": rng.standard_normal((D, D))} if V else {}), **more}
 
-        return Case("attention_flow", name, arguments, dtypes, strided=strided, structural=L < 63)
+        return Case("attention_flow", name, arguments, dtypes, strided=strided, compiled=None if L == 63 else ONCE)
 
     for L in (1, 2, 63):
         yield case(f"L={L}", L=L)
@@ -147,7 +147,7 @@ def autoregressive_flow() -> Iterator[Case]:
         def arguments(rng: Rng) -> dict[str, Any]:
             return {"x": rng.standard_normal((2, L, 3)), "phi": rng.standard_normal(p), **options}
 
-        return Case("autoregressive_flow", name, arguments, strided=strided, structural=L < 63)
+        return Case("autoregressive_flow", name, arguments, strided=strided, compiled=None if L == 63 else ONCE)
 
     yield case("L=1", 2, L=1)
     yield case("p=1", 1)

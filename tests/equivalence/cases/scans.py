@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..check import Case
-from .common import ALL, NO_FLOAT16, WIDE, Rng
+from .common import ALL, NO_FLOAT16, ONCE, WIDE, Rng
 from .orders import Scores, ordinary, tied
 
 Steps = Callable[[Rng, tuple[int, ...]], np.ndarray]
@@ -128,15 +128,18 @@ SHORT_PACKED = np.stack([packed(5, 1, 7, 4), packed(1, 1, 1, 14, values=(3, 0, 3
 
 
 def selective_scan() -> Iterator[Case]:
-    def case(name: str, dtypes: tuple[str, ...] = WIDE, *, structural: bool = False, **options: Any) -> Case:
-        return Case("selective_scan", name, lambda rng: scan_arguments(rng, **options), dtypes, structural=structural)
+    def case(
+        name: str, dtypes: tuple[str, ...] = WIDE, *, compiled: tuple[str, ...] | None = None, **options: Any
+    ) -> Case:
+        return Case("selective_scan", name, lambda rng: scan_arguments(rng, **options), dtypes, compiled=compiled)
 
     # Lengths and numbers.
-    yield case("L=1", L=1, structural=True)
-    yield case("L=2", L=2, structural=True)
+    yield case("L=1", L=1, compiled=ONCE)
+    yield case("L=2", L=2, compiled=ONCE)
     yield case("L=63", ALL)
-    yield case("L=197", L=197)
-    yield case("long memory", A=remembering, L=197)
+    yield case("L=197", L=197, compiled=ONCE)
+    yield case("long memory", A=remembering)
+    yield case("longer memory", A=remembering, L=197, compiled=ONCE)
     yield case("growth", A=growing)
     yield case("mixed signs of A", A=mixed_signs)
     yield case("huge steps", NO_FLOAT16, step=huge_steps)
@@ -146,25 +149,24 @@ def selective_scan() -> Iterator[Case]:
     yield case("packed", NO_FLOAT16, seq_idx=PACKED)
     yield case("packed singly", seq_idx=np.arange(126).reshape(2, 63))
     yield case("packed long memory", seq_idx=PACKED, A=remembering)
-    yield case("padded", NO_FLOAT16, lengths=np.array([0, 40]))
-    yield case("padded, one of them full", lengths=np.array([63, 1]))
-    yield case("all padding", lengths=np.array([0, 0]))
+    yield case("padded", NO_FLOAT16, lengths=np.array([0, 40]), compiled=ONCE)
+    yield case("padded, one of them full", lengths=np.array([63, 1]), compiled=ONCE)
+    yield case("all padding", lengths=np.array([0, 0]), compiled=ONCE)
     yield Case(
         "selective_scan",
         "padded with NaN",
         lambda rng: poisoned_padding(scan_arguments(rng, lengths=np.array([0, 40]))),
         NO_FLOAT16,
+        compiled=ONCE,
     )
-    yield case(
-        "packed and padded", seq_idx=PACKED.astype(np.int32), lengths=np.array([6, 62], np.int32), structural=True
-    )
+    yield case("packed and padded", seq_idx=PACKED.astype(np.int32), lengths=np.array([6, 62], np.int32), compiled=ONCE)
     # Forms of A, B and C.
-    yield case("scalar A", ALL, A="scalar")
+    yield case("scalar A", ALL, A="scalar", compiled=WIDE)
     yield case("scalar growth", A=lambda rng, d, N: rng.uniform(0.05, 0.3, d))
-    yield case("scalar A as a column", A="column", structural=True)
-    yield case("groups", NO_FLOAT16, groups=2)
-    yield case("one group of four axes", groups=1, structural=True)
-    yield case("a group a channel", groups=4, structural=True)
+    yield case("scalar A as a column", A="column", compiled=ONCE)
+    yield case("groups", NO_FLOAT16, groups=2, compiled=ONCE)
+    yield case("one group of four axes", groups=1, compiled=ONCE)
+    yield case("a group a channel", groups=4, compiled=ONCE)
     yield case(
         "scalar A, groups of three, packed and padded",
         A="scalar",
@@ -172,17 +174,17 @@ def selective_scan() -> Iterator[Case]:
         groups=2,
         seq_idx=PACKED,
         lengths=np.array([40, 63]),
-        structural=True,
+        compiled=ONCE,
     )
     # Options on and off; every array is left out at least twice.
-    yield case("bare", softplus=False, given="", last=False, structural=True)
-    yield case("softplus, D, last state", given="D", structural=True)
-    yield case("bias and gate", softplus=False, given="delta_bias z", last=False, structural=True)
-    yield case("initial state and D", softplus=False, given="initial_state D", last=False, structural=True)
-    yield case("scalar A bare", A="scalar", softplus=False, given="", last=False, structural=True)
+    yield case("bare", softplus=False, given="", last=False, compiled=ONCE)
+    yield case("softplus, D, last state", given="D", compiled=ONCE)
+    yield case("bias and gate", softplus=False, given="delta_bias z", last=False, compiled=ONCE)
+    yield case("initial state and D", softplus=False, given="initial_state D", last=False, compiled=ONCE)
+    yield case("scalar A bare", A="scalar", softplus=False, given="", last=False, compiled=ONCE)
     # Sizes.
-    yield case("one of everything", b=1, d=1, N=1, L=7, structural=True)
-    yield case("tiles left over", b=1, d=19, N=17, L=5, structural=True)
+    yield case("one of everything", b=1, d=1, N=1, L=7, compiled=ONCE)
+    yield case("tiles left over", b=1, d=19, N=17, L=5, compiled=ONCE)
     # Arrays that are views.
     yield Case("selective_scan", "strided", lambda rng: scan_arguments(rng, seq_idx=PACKED), strided=True)
     yield Case(
@@ -197,45 +199,50 @@ def selective_scan() -> Iterator[Case]:
         scan_arguments,
         ("bfloat16", "float16"),
         half_parameters=True,
+        compiled=("bfloat16",),
     )
 
 
 def hidden_attention() -> Iterator[Case]:
-    def case(name: str, dtypes: tuple[str, ...] = WIDE, *, structural: bool = False, **options: Any) -> Case:
+    def case(
+        name: str, dtypes: tuple[str, ...] = WIDE, *, compiled: tuple[str, ...] | None = None, **options: Any
+    ) -> Case:
         return Case(
-            "hidden_attention", name, lambda rng: attention_arguments(rng, **options), dtypes, structural=structural
+            "hidden_attention", name, lambda rng: attention_arguments(rng, **options), dtypes, compiled=compiled
         )
 
-    yield case("L=1", L=1, structural=True)
-    yield case("L=2", L=2, structural=True)
+    yield case("L=1", L=1, compiled=ONCE)
+    yield case("L=2", L=2, compiled=ONCE)
     yield case("L=17", ALL)
-    yield case("L=63", L=63)
-    yield case("L=197", L=197, d=1, N=1)
-    yield case("long memory", A=remembering, L=63)
-    yield case("growth", A=growing, L=63)
+    yield case("L=63", L=63, compiled=ONCE)
+    yield case("L=197", L=197, d=1, N=1, compiled=ONCE)
+    yield case("long memory", A=remembering)
+    yield case("longer memory", A=remembering, L=63, compiled=ONCE)
+    yield case("growth", A=growing)
     yield case("huge steps", step=huge_steps)
     yield case("tiny steps", step=tiny_steps)
     yield case("extreme steps", step=extreme_steps)
-    yield case("bare", softplus=False, given="", b=2, structural=True)
-    yield case("bias without softplus", softplus=False, b=2, structural=True)
-    yield case("scalar A", A="scalar", b=2)
-    yield case("scalar A as a column", A="column", b=2, structural=True)
-    yield case("groups", groups=2, d=4, b=2)
-    yield case("one channel", ALL, channel=1, b=2)
-    yield case("one channel of a group", channel=3, d=4, groups=2, structural=True)
-    yield case("mean", aggregate="mean", d=3, b=2)
+    yield case("bare", softplus=False, given="", b=2, compiled=ONCE)
+    yield case("bias without softplus", softplus=False, b=2, compiled=ONCE)
+    yield case("scalar A", A="scalar", b=2, compiled=ONCE)
+    yield case("scalar A as a column", A="column", b=2, compiled=ONCE)
+    yield case("groups", groups=2, d=4, b=2, compiled=ONCE)
+    yield case("one channel", ALL, channel=1, b=2, compiled=WIDE)
+    yield case("one channel of a group", channel=3, d=4, groups=2, compiled=ONCE)
+    yield case("mean", aggregate="mean", d=3, b=2, compiled=ONCE)
     yield case("mean of absolute values", aggregate="mean_abs", d=3, b=2)
-    yield case("rows", rows=(3, 6), b=2, structural=True)
-    yield case("the last row", rows=(16, 17), aggregate="mean", b=2, structural=True)
-    yield case("the first row of a channel", rows=(0, 1), channel=0, structural=True)
-    yield case("packed", seq_idx=SHORT_PACKED, b=2)
-    yield case("packed rows", seq_idx=SHORT_PACKED, b=2, rows=(4, 9), aggregate="mean_abs", structural=True)
-    yield case("padded", lengths=np.array([0, 9]), b=2)
-    yield case("padded, one of them full", lengths=np.array([17, 1]), b=2)
+    yield case("rows", rows=(3, 6), b=2, compiled=ONCE)
+    yield case("the last row", rows=(16, 17), aggregate="mean", b=2, compiled=ONCE)
+    yield case("the first row of a channel", rows=(0, 1), channel=0, compiled=ONCE)
+    yield case("packed", seq_idx=SHORT_PACKED, b=2, compiled=ONCE)
+    yield case("packed rows", seq_idx=SHORT_PACKED, b=2, rows=(4, 9), aggregate="mean_abs", compiled=ONCE)
+    yield case("padded", lengths=np.array([0, 9]), b=2, compiled=ONCE)
+    yield case("padded, one of them full", lengths=np.array([17, 1]), b=2, compiled=ONCE)
     yield Case(
         "hidden_attention",
         "padded with NaN",
         lambda rng: poisoned_padding(attention_arguments(rng, lengths=np.array([0, 9]), b=2)),
+        compiled=ONCE,
     )
     yield case(
         "packed and padded, mean",
@@ -243,22 +250,30 @@ def hidden_attention() -> Iterator[Case]:
         lengths=np.array([6, 16]),
         b=2,
         aggregate="mean",
-        structural=True,
+        compiled=ONCE,
     )
     yield Case("hidden_attention", "strided", lambda rng: attention_arguments(rng, groups=2, b=2, L=7), strided=True)
 
 
 def reordered_scan() -> Iterator[Case]:
-    def case(name: str, L: int, scores: Scores, *, constant: tuple[str, ...] = (), **options: Any) -> Case:
+    def case(
+        name: str,
+        L: int,
+        scores: Scores,
+        *,
+        constant: tuple[str, ...] = (),
+        compiled: tuple[str, ...] | None = None,
+        **options: Any,
+    ) -> Case:
         def arguments(rng: Rng) -> dict[str, Any]:
             scan = scan_arguments(rng, L=L, softplus=False, given="D z", last=False)
             return {"u": scan.pop("u"), "scores": scores(rng, 2, L), **scan, **options}
 
-        return Case("reordered_scan", name, arguments, constant=constant)
+        return Case("reordered_scan", name, arguments, constant=constant, compiled=compiled)
 
-    yield case("hard", 9, ordinary, method="hard", constant=("scores",))
-    yield case("hard with ties", 9, tied, method="hard", constant=("scores",))
+    yield case("hard", 9, ordinary, compiled=ONCE, method="hard", constant=("scores",))
+    yield case("hard with ties", 9, tied, compiled=ONCE, method="hard", constant=("scores",))
     yield case("soft", 9, ordinary, method="softsort", tau=0.3)
     yield case("soft with ties", 9, tied, method="softsort", tau=0.3)
-    yield case("straight through", 9, ordinary, method="straight_through", tau=0.3)
-    yield case("straight through with ties", 9, tied, method="straight_through", tau=0.3)
+    yield case("straight through", 9, ordinary, compiled=ONCE, method="straight_through", tau=0.3)
+    yield case("straight through with ties", 9, tied, compiled=ONCE, method="straight_through", tau=0.3)
