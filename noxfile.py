@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
 #: Triton's interpreter runs the GPU kernels' logic on a CPU; torch's CPU build does not bring Triton.
 INTERPRETER = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+IN_PARALLEL = ("-n", "2", "--dist")
+ELSEWHERE = ("--ignore=tests/equivalence", "--ignore=tests/equivalence_selftest")  # sessions of their own
 
 
 def shared_python(session: nox.Session) -> str:
@@ -57,13 +59,13 @@ def run(session: nox.Session, *arguments: str, **variables: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Unit, backend, experiment and reliability tests; arguments go to pytest."""
-    run(session, "-m", "pytest", "tests", "--ignore=tests/equivalence", "--durations=10", *session.posargs)
+    run(session, "-m", "pytest", "tests", *IN_PARALLEL, "loadfile", *ELSEWHERE, "--durations=10", *session.posargs)
 
 
 @nox.session
 def equivalence(session: nox.Session) -> None:
     """Every operation on every backend against the spec, and the table of the worst errors."""
-    run(session, "-m", "pytest", "tests/equivalence", *session.posargs, JAX_ENABLE_X64="1")
+    run(session, "-m", "pytest", "tests/equivalence", *IN_PARALLEL, "loadgroup", *session.posargs, JAX_ENABLE_X64="1")
 
 
 @nox.session(name="equivalence-selftest")

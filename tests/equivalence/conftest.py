@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,28 @@ def _missing(config: pytest.Config) -> list[str]:
     return config.stash.get(_RECORD, Record()).missing(chosen_backends(config))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under ``pytest -n 2 --dist loadgroup``: JAX, which compiles much, beside the others."""
+    for item in items:
+        if item.path.parent == _MODULE.parent:
+            item.add_marker(pytest.mark.xdist_group("jax" if "-jax-" in item.name else "others"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker process of pytest-xdist compared."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash.setdefault(_RECORD, Record()).merge(output.get("record", []))
+    if output.get("deselected"):
+        node.config.stash[_DESELECTED] = True
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a worker process of pytest-xdist, which leaves the judgement to its parent
+        output["record"] = session.config.stash.get(_RECORD, Record()).plain()
+        output["deselected"] = session.config.stash.get(_DESELECTED, False)
+        return
     if exitstatus == pytest.ExitCode.OK and _missing(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -21,7 +21,7 @@ def load(source: str) -> dict[str, tuple[str, str, Reference]]:
         # The handle is no mapping: it has keys() and cannot be iterated.
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = {case: json.loads(text) for case, text in file.metadata().items()}
-    return {case: (row["subject"], row["dtype"], _reference(case, row, arrays)) for case, row in about.items()}
+    return {case: (row["subject"], row["dtype"], _reference(case, row, arrays)) for case, row in sorted(about.items())}
 
 
 def _reference(case: str, row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Reference:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+
+from tokendyn._dispatch import BACKENDS
 
 from .check import Measured
 from .subjects import SUBJECTS
@@ -36,6 +38,18 @@ class Record:
                 row.values = max(row.values, one.errors.normwise)
                 row.worst_token = max(row.worst_token, one.errors.worst_token)
 
+    def plain(self) -> list[tuple[tuple[str, str, str], dict[str, float]]]:
+        """The rows as plain data, to be sent from one process to another."""
+        return [(key, asdict(row)) for key, row in self.rows.items()]
+
+    def merge(self, plain: list[tuple[tuple[str, str, str], dict[str, float]]]) -> None:
+        """Add the rows of another process."""
+        for key, values in plain:
+            row = self.rows.setdefault(tuple(key), Row())
+            for name, value in values.items():
+                mine = getattr(row, name)
+                setattr(row, name, mine + value if name.endswith("comparisons") else max(mine, value))
+
     @property
     def comparisons(self) -> int:
         return sum(row.comparisons for row in self.rows.values())
@@ -59,8 +73,9 @@ class Record:
             f"{'operation':<21}{'backend':<9}{'dtype':<10}{'normwise':>10}{'worst token':>13}{'gradients':>11}"
             f"{'comparisons':>13}"
         ]
-        order = list(SUBJECTS)
-        for (name, backend, dtype), row in sorted(self.rows.items(), key=lambda item: order.index(item[0][0])):
+        order = [*SUBJECTS, *BACKENDS, "float64", "float32", "bfloat16", "float16"]
+        by_place = sorted(self.rows.items(), key=lambda item: [order.index(word) for word in item[0]])
+        for (name, backend, dtype), row in by_place:
             gradients = f"{row.gradients:.1e}" if row.gradient_comparisons else "-"
             lines.append(
                 f"{name:<21}{backend:<9}{dtype:<10}{row.values:>10.1e}{row.worst_token:>13.1e}{gradients:>11}"
