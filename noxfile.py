@@ -36,8 +36,8 @@ def shared_python(session: nox.Session) -> str:
     if given:
         return str(python)
     wanted = hashlib.sha256(
-        b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "noxfile.py"))
-        + sys.version.encode()
+        b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+        + f"{INTERPRETER} {sys.version}".encode()
     ).hexdigest()
     stamp = root / "tokendyn-stamp"
     if not (stamp.is_file() and stamp.read_text() == wanted):
