@@ -14,7 +14,7 @@ from tokendyn._dispatch import backend, use
 
 if TYPE_CHECKING:
     from tokendyn import core, errors, jax, torch
-    from tokendyn._dynamics import simulate, simulate_sphere
+    from tokendyn._dynamics import classify, simulate, simulate_sphere
     from tokendyn._inputs import random_inputs
     from tokendyn._layers import OrderConfig
     from tokendyn._operations import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         token_order,
     )
     from tokendyn._order import Order
+    from tokendyn.core._regime import Regime
     from tokendyn.core._trajectory import Trajectory
 
 __version__ = "0.1.0"
@@ -67,10 +68,11 @@ _LAZY = {
         "tokendyn._operations",
     ),
     "Order": "tokendyn._order",
+    "Regime": "tokendyn.core._regime",
     "Trajectory": "tokendyn.core._trajectory",
     "OrderConfig": "tokendyn._layers",
     "random_inputs": "tokendyn._inputs",
-    **dict.fromkeys(("simulate", "simulate_sphere"), "tokendyn._dynamics"),
+    **dict.fromkeys(("classify", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "errors", "jax", "torch")
 _CONSTRUCTORS = ("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t")
@@ -82,12 +84,14 @@ __all__ = [
     "MambaVision",
     "Order",
     "OrderConfig",
+    "Regime",
     "TokenReorder",
     "Trajectory",
     "__version__",
     "attention_flow",
     "autoregressive_flow",
     "backend",
+    "classify",
     "core",
     "effective_tokens",
     "errors",

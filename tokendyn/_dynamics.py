@@ -13,6 +13,7 @@ from tokendyn._operations import ATTENTION_KINDS
 from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
 if TYPE_CHECKING:
+    from tokendyn.core._regime import Regime
     from tokendyn.core._trajectory import Trajectory
 
 #: A token may miss the unit sphere by as much.
@@ -38,6 +39,7 @@ def simulate(
     times: Any = None,
     rtol: float = 1e-9,
     points_per_step: int = 4,
+    max_steps: int = 100_000,
 ) -> Trajectory:
     """Simulate the token dynamics in Euclidean space; the right-hand side is :func:`flow_rhs`.
 
@@ -68,6 +70,7 @@ def simulate(
             0 and t_end.
         rtol: error allowed in a step, relative to a token's magnitude; at least 1e-13.
         points_per_step: see ``times``.
+        max_steps: steps after which to stop, for trajectories that oscillate ever faster.
 
     Returns:
         :class:`tokendyn.core.Trajectory`: times, tokens, blow-ups, why it stopped. Ctrl-C returns what is done.
@@ -89,7 +92,7 @@ def simulate(
     else:
         _expect_absent(name, "no Q and K", V=V)
         parameters = {"mu": mu, "M": M, "S_B": S_B, "S_C": S_C, "s_delta": s_delta, "a": a, "bias": bias}
-    return _simulate(name, x0, parameters, False, t_end, times, rtol, points_per_step)
+    return _simulate(name, x0, parameters, False, t_end, times, rtol, points_per_step, max_steps)
 
 
 def simulate_sphere(
@@ -112,6 +115,7 @@ def simulate_sphere(
     times: Any = None,
     rtol: float = 1e-9,
     points_per_step: int = 4,
+    max_steps: int = 100_000,
 ) -> Trajectory:
     """Simulate the token dynamics on the unit sphere: :func:`sphere_flow`, or another autoregressive model.
 
@@ -120,7 +124,7 @@ def simulate_sphere(
 
     Args:
         x0: (L, D) tokens of unit norm, or (b, L, D), an ensemble.
-        t_end, times, rtol, points_per_step: as of :func:`simulate`.
+        t_end, times, rtol, points_per_step, max_steps: as of :func:`simulate`.
         s_delta, a, M, S_B, S_C, bias, W: as of :func:`sphere_flow`.
         Q, K, V, kind, causal: as of :func:`attention_flow`.
         phi: as of :func:`autoregressive_flow`.
@@ -145,7 +149,7 @@ def simulate_sphere(
     else:
         _expect_absent(name, "no Q and K", V=V)
         parameters = {**selective, "bias": bias}
-    return _simulate(name, x0, parameters, True, t_end, times, rtol, points_per_step)
+    return _simulate(name, x0, parameters, True, t_end, times, rtol, points_per_step, max_steps)
 
 
 def _simulate(
@@ -157,6 +161,7 @@ def _simulate(
     times: Any,
     rtol: float,
     points_per_step: int,
+    max_steps: int,
 ) -> Trajectory:
     from tokendyn.core._simulate import simulate as run
 
@@ -164,8 +169,9 @@ def _simulate(
     check.expect_positive(name, "rtol", rtol)
     if not 1e-13 <= rtol <= 0.1:
         raise OptionError(f"{name}: rtol is {rtol!r}, expected 1e-13 to 0.1")
-    if not isinstance(points_per_step, int) or points_per_step < 1:
-        raise OptionError(f"{name}: points_per_step is {points_per_step!r}, expected a whole number above 0")
+    for key, value in (("points_per_step", points_per_step), ("max_steps", max_steps)):
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name}: {key} is {value!r}, expected a whole number above 0")
     if times is not None:
         times = as_float64(name, "times", times)
         if times.ndim != 1 or len(times) == 0 or (np.diff(times) < 0).any() or times[0] < 0 or times[-1] > t_end:
@@ -179,6 +185,7 @@ def _simulate(
         times=times,
         rtol=float(rtol),
         points_per_step=points_per_step,
+        max_steps=max_steps,
     )
 
 
@@ -283,3 +290,61 @@ def _check_space(name: str, shapes: check.Shapes, tokens: np.ndarray, arrays: di
             f"{name}: s_delta has {shapes.sizes['R']} rows, expected 1 (one Δ for all channels) or D = "
             f"{shapes.sizes['D']}"
         )
+
+
+def classify(
+    *,
+    x0: Any,
+    s_delta: Any,
+    a: Any,
+    mu: Any = None,
+    M: Any = None,
+    S_B: Any = None,
+    S_C: Any = None,
+    bias: Any = 0.0,
+    tolerance: float = 1e-9,
+) -> Regime:
+    """What becomes of every token: which regime, how it is known, how fast, and how close the next regime is.
+
+    ::
+
+        regime = tokendyn.classify(mu=1.0, s_delta=0.7, a=1.0, x0=[0.3, -1.0, 1.2])
+        regime.kind            # "fast divergence"
+        regime.fates           # ("blow-up", "blow-up", "blow-up")
+        regime.blow_up_time    # of token 1, exactly
+        print(regime.explain())
+
+    On the line everything follows from the signs of μ and of S_Δ x_l, and the laws come with their constants. In R^D
+    only what can be proved is said to be: token 1 from the sign of x_1ᵀ M x_1, all tokens if M is symmetric negative
+    definite and Δ and a are shared by the channels; the rest is simulated, and says so. Paper 1's conjecture on the
+    eigenvalues of the symmetric part of M is not used: both its halves are false.
+
+    Args:
+        x0, s_delta, a, mu, M, S_B, S_C, bias: as of :func:`simulate`.
+        tolerance: problems within this distance of a boundary have it named.
+
+    Returns:
+        :class:`tokendyn.core.Regime`.
+
+    Raises:
+        ShapeError, DTypeError, OptionError, NonFiniteError.
+
+    Cost:
+        On the line about a microsecond a problem; constants and bounds when first asked for, about ten. In R^D a
+        short simulation where nothing is proved.
+
+    Source:
+        Paper 1, Theorems 4.1, 4.3, 4.4 and Lemma 4.2.
+    """
+    from tokendyn.core._regime import classify_line
+
+    name = "classify"
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
+        raise OptionError(f"{name}: tolerance is {tolerance!r}, expected a finite number, 0 or above")
+    parameters = {"mu": mu, "M": M, "S_B": S_B, "S_C": S_C, "s_delta": s_delta, "a": a, "bias": bias}
+    tokens, arrays = problem_arrays(name, x0, parameters, sphere=False)
+    if mu is not None:
+        return classify_line(tokens, arrays, float(tolerance))
+    from tokendyn.core._regime_space import classify_space
+
+    return classify_space(tokens, arrays, float(tolerance))

@@ -12,6 +12,7 @@ from scipy.integrate import quad, solve_ivp
 
 import tokendyn
 from tokendyn import core, simulate, simulate_sphere
+from tokendyn.core import _simulate
 from tokendyn.core._dop853 import DENSE, ERRORS, STAGES
 from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
@@ -255,12 +256,18 @@ def test_parameters_of_their_own_in_space() -> None:
         _ = many.events
 
 
-def test_ctrl_c_keeps_what_is_done() -> None:
+def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     x0 = generator("interrupt").normal(size=(40_000, 64))
     simulate(mu=-1.0, s_delta=0.7, a=1.0, x0=x0[:8], t_end=1.0)  # compiled before the clock matters
     main = threading.main_thread().ident
     assert main is not None
-    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+    run_tiles = _simulate.run_tiles
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        run_tiles(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_simulate, "run_tiles", interrupted)
     with pytest.warns(RuntimeWarning, match="interrupted"):
         trajectory = simulate(mu=-1.0, s_delta=0.7, a=1.0, x0=x0, t_end=1e30, rtol=1e-12)
     done = trajectory.reason == "reached t_end"

@@ -21,6 +21,7 @@ _REASONS = {
     engine.TOLERANCE: "tolerance unreachable",
     engine.OVERFLOW: "overflow",
     engine.STOPPED: "interrupted",
+    engine.RUNNING: "max_steps reached",
 }
 #: Numbers of axes of each parameter of one trajectory; in an ensemble one more is in front.
 _MATRICES = ("M", "S_B", "S_C", "W", "Q", "K", "V")
@@ -38,6 +39,7 @@ def simulate(
     times: np.ndarray | None,
     rtol: float,
     points_per_step: int,
+    max_steps: int,
 ) -> Trajectory:
     """Integrate from ``x0``; arguments as of :func:`tokendyn.simulate`, checked. ``parameters`` decides the model.
 
@@ -52,7 +54,7 @@ def simulate(
     y = np.log(np.abs(starts), where=starts != 0, out=np.zeros_like(starts)) if one_channel else starts
     y = np.concatenate([np.zeros((len(y), 1)), y.reshape(len(y), -1)], axis=1)
     run = _one if size is None else _many
-    return run(starts, y, problem, clock, parameters, t_end, times, rtol, points_per_step)
+    return run(starts, y, problem, clock, parameters, t_end, times, rtol, points_per_step, max_steps)
 
 
 def ensemble_size(x0: np.ndarray, parameters: dict[str, Any]) -> int | None:
@@ -141,6 +143,7 @@ def _one(
     times: np.ndarray | None,
     rtol: float,
     points_per_step: int,
+    max_steps: int,
 ) -> Trajectory:
     """One trajectory, in slices, so that Ctrl-C is heard."""
     length, n = starts.shape[1], y.shape[1]
@@ -152,9 +155,9 @@ def _one(
     asked = np.empty(0) if times is None else times
     rows = _ROWS if times is None else max(len(asked), 1)
     output = _Output(asked, points, np.empty(rows), np.zeros((rows, n - 1)))
-    options = engine.Options(clock, rtol, t_end, points, max(10, 200_000 // (n + 100)))
+    options = engine.Options(clock, rtol, t_end, points, min(max_steps, max(10, 200_000 // (n + 100))))
     try:
-        reason = _drive(problem, options, state, output)
+        reason = _drive(problem, options, state, output, max_steps)
     except KeyboardInterrupt:
         reason = engine.STOPPED
     made = int(state.counts[4])
@@ -178,6 +181,8 @@ def _one(
         rejected=int(state.counts[2]),
         evaluations=int(state.counts[3]),
         problem=parameters,
+        start=starts[0],
+        sphere=problem.sphere,
     )
 
 
@@ -207,17 +212,21 @@ class _Output:
             counts[4] += 1
 
 
-def _drive(problem: Problem, options: engine.Options, state: engine.State, output: _Output) -> int:
+def _drive(problem: Problem, options: engine.Options, state: engine.State, output: _Output, max_steps: int) -> int:
     """Integrate one trajectory to its end: the explicit method, and where it turns stiff the implicit one."""
     stop = np.zeros(1, np.int64)
     while True:
-        reason = engine.integrate(problem, options, state, output.asked, output.times, output.rows, stop)
+        left = max_steps - int(state.counts[1])
+        if left <= 0:
+            return engine.RUNNING
+        slice_ = options._replace(budget=min(options.budget, left))
+        reason = engine.integrate(problem, slice_, state, output.asked, output.times, output.rows, stop)
         if reason == engine.ROOM:
             output.grow()
         elif reason == engine.STIFF:
             from tokendyn.core._stiff import carry_on
 
-            reason = carry_on(problem, options, state, functools.partial(output.write, state.counts))
+            reason = carry_on(problem, options, state, functools.partial(output.write, state.counts), max_steps)
             if reason != engine.RUNNING:
                 return reason
         elif reason != engine.RUNNING:
@@ -234,6 +243,7 @@ def _many(
     times: np.ndarray | None,
     rtol: float,
     points_per_step: int,
+    max_steps: int,
 ) -> Trajectory:
     """An ensemble on all cores. Ctrl-C keeps the trajectories that are done."""
     size, length = starts.shape[:2]
@@ -250,7 +260,7 @@ def _many(
     out_times, out = np.empty((size, len(asked))), np.zeros((size, len(asked), n - 1))
     reasons = np.full(size, engine.STOPPED)
     stop = np.zeros(1, np.int64)
-    options = engine.Options(clock, rtol, t_end, 0, np.iinfo(np.int64).max)
+    options = engine.Options(clock, rtol, t_end, 0, max_steps)
 
     def compute(first: int, last: int) -> None:
         engine.integrate_many(first, last, problem, options, state, asked, out_times, out, reasons, stop)
@@ -263,7 +273,7 @@ def _many(
     for i in np.flatnonzero(reasons == engine.STIFF):
         one = engine.State(state.y[i], np.zeros((16, n)), *(field[i] for field in state[2:]))
         output = _Output(asked, 0, out_times[i], out[i])
-        reasons[i] = _drive(member(problem, i), options._replace(budget=1000), one, output)
+        reasons[i] = _drive(member(problem, i), options._replace(budget=min(1000, max_steps)), one, output, max_steps)
     made = np.where(reasons == engine.ALL_ENDED, len(asked), state.counts[:, 4])
     tokens = _tokens(out, asked, starts, state.y, state.ended_at, parameters)
     tokens[np.arange(len(asked)) >= made[:, None]] = np.nan
@@ -279,6 +289,8 @@ def _many(
         rejected=state.counts[:, 2],
         evaluations=state.counts[:, 3],
         problem=parameters,
+        start=starts,
+        sphere=problem.sphere,
     )
 
 

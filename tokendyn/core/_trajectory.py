@@ -42,7 +42,8 @@ class Trajectory:
     The dynamics is triangular: token l moves by tokens 1 to l only. When token l blows up, its equation and those of
     all later tokens end, for they hold token l, while the tokens before it go on. From then on an ended token is
     infinite, each coordinate with the sign it had last; on the line that is its limit (every later token that is not
-    0 blows up too), in R^D it is a mark. No value is ever NaN.
+    0 blows up too), in R^D it is a mark. A single trajectory that stops early has fewer times; in an ensemble, whose
+    times are shared, the rows that a trajectory did not reach are NaN, and its reason says why.
 
     Attributes:
         times: (T,).
@@ -51,10 +52,13 @@ class Trajectory:
         ended_by: (L,) index of the token whose blow-up ended it, -1 if none did.
         reason: why the simulation stopped: ``"reached t_end"``, ``"all tokens ended"``, ``"tolerance unreachable"``
             (the error of a step stays above ``rtol`` however small the step), ``"overflow"`` (beyond float64 in finite
-            time without a blow-up, as under Euclidean attention), or ``"interrupted"``. Of an ensemble an array.
+            time without a blow-up, as under Euclidean attention), ``"max_steps reached"``, or ``"interrupted"``. Of an
+            ensemble an array.
         stopped_at: the time reached: t_end, or the time of the last blow-up if no token is left.
         steps, rejected, evaluations: what it took.
         problem: the parameters, by name.
+        start: the tokens at time 0.
+        sphere: whether this is on the unit sphere.
     """
 
     times: np.ndarray
@@ -67,6 +71,8 @@ class Trajectory:
     rejected: Any
     evaluations: Any
     problem: dict[str, Any] = field(repr=False)
+    start: np.ndarray = field(repr=False)
+    sphere: bool
 
     @property
     def one_channel(self) -> bool:
@@ -93,6 +99,43 @@ class Trajectory:
             if cause >= 0
         ]
         return tuple(sorted(found, key=lambda event: (event.time, event.token)))
+
+    def attention(self, index: int) -> np.ndarray:
+        """Hidden attention at ``times[index]``: (L, L) on the line, (D, L, L) in R^D; NaN where a token has ended.
+
+        Cost: O(D L² N). On the sphere the scores of the tokens, before projection.
+        """
+        self._expect_one("attention")
+        from tokendyn.core._attention import hidden_attention
+
+        x, p = self.tokens[index], self.problem
+        if p.get("s_delta") is None:
+            raise OptionError("Trajectory.attention: hidden attention belongs to selective state space models")
+        living = np.isfinite(x) if self.one_channel else np.isfinite(x).all(axis=1)
+        count = int(living.argmin()) if not living.all() else len(living)
+        x = x[:count]
+        if self.one_channel:
+            channels, a = x[None, None], np.reshape(p["a"], 1)
+            B, C, delta = channels, p["mu"] * channels, p["s_delta"] * channels + p["bias"]
+        else:
+            D = x.shape[1]
+            S_B, S_C = (p["M"], np.eye(D)) if p["S_B"] is None else (p["S_B"], p["S_C"])
+            delta = np.broadcast_to((x @ np.atleast_2d(p["s_delta"]).T + p["bias"]).T, (D, count))[None]
+            a = p["a"] if np.ndim(p["a"]) else np.full(D, p["a"])
+            B, C = (x @ S_B.T).T[None], (x @ S_C.T).T[None]
+        P = hidden_attention(delta, -a, B, C, delta_softplus=True)[0]
+        whole = np.full((*P.shape[:1], len(living), len(living)), np.nan)
+        whole[:, :count, :count] = P
+        return whole[0] if self.one_channel else whole
+
+    @property
+    def regime(self) -> Any:
+        """What :func:`tokendyn.classify` says about the initial tokens, in Euclidean space."""
+        from tokendyn._dynamics import classify
+
+        if self.sphere or self.problem.get("s_delta") is None:
+            raise OptionError("Trajectory.regime: regimes are of selective state space models in Euclidean space")
+        return classify(x0=self.start, **self.problem)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -130,4 +173,6 @@ class Trajectory:
             rejected=int(self.rejected[i]),
             evaluations=int(self.evaluations[i]),
             problem=member_parameters(self.problem, i, size),
+            start=self.start[i],
+            sphere=self.sphere,
         )
