@@ -7,8 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
-import tokendyn
 from support_matrix import support_matrix
+
+import tokendyn
 
 project = "tokendyn"
 author = "The tokendyn authors"

@@ -63,7 +63,7 @@ def _splat(context: Any, builder: Any, number: Any, lanes: Any) -> Any:
 def _enter_arithmetic(symbol: Any, instruction: str) -> None:
     """Give Numba ``Lanes symbol Lanes``, and the same with a number of their dtype on one side."""
 
-    @infer_global(symbol)
+    @infer_global(symbol)  # type: ignore[misc]
     class _Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             lanes = next((a for a in args if isinstance(a, Lanes)), None)

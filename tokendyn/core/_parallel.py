@@ -56,7 +56,7 @@ def run_tiles(compute: Callable[[int, int], None], tiles: int, *, work: float, s
         stop: (1,) array that the kernel looks at, optional. Ctrl-C sets it to 1, and is raised again when the
             kernels have left; then all of the work is done away from the calling thread, which must hear it.
     """
-    threads = min(config.NUMBA_NUM_THREADS, tiles)
+    threads = min(config.NUMBA_NUM_THREADS, tiles)  # type: ignore[attr-defined]
     if stop is None and (threads == 1 or work < SERIAL_WORK):
         compute(0, tiles)
         return
@@ -75,7 +75,7 @@ def run_tiles(compute: Callable[[int, int], None], tiles: int, *, work: float, s
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(config.NUMBA_NUM_THREADS, thread_name_prefix="tokendyn")
+    return ThreadPoolExecutor(config.NUMBA_NUM_THREADS, thread_name_prefix="tokendyn")  # type: ignore[attr-defined]
 
 
 if hasattr(os, "register_at_fork"):
