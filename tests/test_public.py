@@ -44,7 +44,7 @@ PUBLIC: dict[str, list[str]] = {
         *OPERATION_NAMES,
         *("IOSpectrum", "Order", "OrderConfig", "token_order", "random_inputs", "backend", "use"),
         *("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t"),
-        *("Regime", "Trajectory", "classify", "simulate", "simulate_sphere"),
+        *("Regime", "SphereRegime", "Trajectory", "classify", "classify_sphere", "simulate", "simulate_sphere"),
         *("core", "errors", "jax", "torch", "__version__"),
     ],
     "tokendyn.torch": [

@@ -14,7 +14,7 @@ from tokendyn._dispatch import backend, use
 
 if TYPE_CHECKING:
     from tokendyn import core, errors, jax, torch
-    from tokendyn._dynamics import classify, simulate, simulate_sphere
+    from tokendyn._dynamics import classify, classify_sphere, simulate, simulate_sphere
     from tokendyn._inputs import random_inputs
     from tokendyn._layers import OrderConfig
     from tokendyn._operations import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from tokendyn._order import Order
     from tokendyn.core._regime import Regime
+    from tokendyn.core._sphere import SphereRegime
     from tokendyn.core._trajectory import Trajectory
 
 __version__ = "0.1.0"
@@ -69,10 +70,11 @@ _LAZY = {
     ),
     "Order": "tokendyn._order",
     "Regime": "tokendyn.core._regime",
+    "SphereRegime": "tokendyn.core._sphere",
     "Trajectory": "tokendyn.core._trajectory",
     "OrderConfig": "tokendyn._layers",
     "random_inputs": "tokendyn._inputs",
-    **dict.fromkeys(("classify", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
+    **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "errors", "jax", "torch")
 _CONSTRUCTORS = ("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t")
@@ -85,6 +87,7 @@ __all__ = [
     "Order",
     "OrderConfig",
     "Regime",
+    "SphereRegime",
     "TokenReorder",
     "Trajectory",
     "__version__",
@@ -92,6 +95,7 @@ __all__ = [
     "autoregressive_flow",
     "backend",
     "classify",
+    "classify_sphere",
     "core",
     "effective_tokens",
     "errors",

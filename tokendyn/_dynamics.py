@@ -14,6 +14,7 @@ from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
 if TYPE_CHECKING:
     from tokendyn.core._regime import Regime
+    from tokendyn.core._sphere import SphereRegime
     from tokendyn.core._trajectory import Trajectory
 
 #: A token may miss the unit sphere by as much.
@@ -139,17 +140,36 @@ def simulate_sphere(
         Token Dynamics on Spheres in Mamba Models; arXiv 2609.17997, Eq. (5); arXiv 2411.04990.
     """
     name = "simulate_sphere"
+    parameters = _sphere_parameters(name, s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi)
+    return _simulate(name, x0, parameters, True, t_end, times, rtol, points_per_step, max_steps)
+
+
+def _sphere_parameters(
+    name: str,
+    s_delta: Any,
+    a: Any,
+    M: Any,
+    S_B: Any,
+    S_C: Any,
+    bias: Any,
+    W: Any,
+    Q: Any,
+    K: Any,
+    V: Any,
+    kind: str,
+    causal: bool,
+    phi: Any,
+) -> dict[str, Any]:
+    """The parameters of the one model that is given."""
     selective = {"M": M, "S_B": S_B, "S_C": S_C, "s_delta": s_delta, "a": a, "W": W}
     if phi is not None:
         _expect_absent(name, "phi", **selective, Q=Q, K=K, V=V)
-        parameters = {"phi": phi}
-    elif Q is not None or K is not None:
+        return {"phi": phi}
+    if Q is not None or K is not None:
         _expect_absent(name, "Q and K", **selective)
-        parameters = {"Q": Q, "K": K, "V": V, "kind": kind, "causal": causal}
-    else:
-        _expect_absent(name, "no Q and K", V=V)
-        parameters = {**selective, "bias": bias}
-    return _simulate(name, x0, parameters, True, t_end, times, rtol, points_per_step, max_steps)
+        return {"Q": Q, "K": K, "V": V, "kind": kind, "causal": causal}
+    _expect_absent(name, "no Q and K", V=V)
+    return {**selective, "bias": bias}
 
 
 def _simulate(
@@ -290,6 +310,51 @@ def _check_space(name: str, shapes: check.Shapes, tokens: np.ndarray, arrays: di
             f"{name}: s_delta has {shapes.sizes['R']} rows, expected 1 (one Δ for all channels) or D = "
             f"{shapes.sizes['D']}"
         )
+
+
+def classify_sphere(
+    *,
+    x0: Any,
+    s_delta: Any = None,
+    a: Any = None,
+    M: Any = None,
+    S_B: Any = None,
+    S_C: Any = None,
+    bias: Any = 0.0,
+    W: Any = None,
+    Q: Any = None,
+    K: Any = None,
+    V: Any = None,
+    kind: str = "softmax",
+    causal: bool = True,
+    phi: Any = None,
+) -> SphereRegime:
+    """Where tokens on the unit sphere go: limit points and their stability, clusters, rates of approach.
+
+    Args:
+        x0: (L, D) tokens of unit norm.
+        s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi: as of :func:`simulate_sphere`.
+
+    Returns:
+        :class:`tokendyn.core.SphereRegime`.
+
+    Raises:
+        ShapeError, DTypeError, OptionError, NonFiniteError.
+
+    Cost:
+        Formulas, and a simulation where they do not say at which of ± the limit a token arrives.
+
+    Source:
+        Token Dynamics on Spheres in Mamba Models; arXiv 2609.17997; arXiv 2411.04990, Theorem 4.1.
+    """
+    from tokendyn.core._sphere_regime import classify_sphere as run
+
+    name = "classify_sphere"
+    parameters = _sphere_parameters(name, s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi)
+    tokens, arrays = problem_arrays(name, x0, parameters, sphere=True)
+    if tokens.ndim == 3:
+        raise ShapeError(f"{name}: x0 has shape {tokens.shape}, expected one sequence (L, D)")
+    return run(tokens, arrays)
 
 
 def classify(

@@ -130,11 +130,13 @@ class Trajectory:
 
     @property
     def regime(self) -> Any:
-        """What :func:`tokendyn.classify` says about the initial tokens, in Euclidean space."""
-        from tokendyn._dynamics import classify
+        """:func:`tokendyn.classify` of the initial tokens, on the sphere :func:`tokendyn.classify_sphere`."""
+        from tokendyn._dynamics import classify, classify_sphere
 
-        if self.sphere or self.problem.get("s_delta") is None:
-            raise OptionError("Trajectory.regime: regimes are of selective state space models in Euclidean space")
+        if self.sphere:
+            return classify_sphere(x0=self.start, **self.problem)
+        if self.problem.get("s_delta") is None:
+            raise OptionError("Trajectory.regime: attention in Euclidean space has none, tokens diverge exponentially")
         return classify(x0=self.start, **self.problem)
 
     def __len__(self) -> int:
