@@ -54,7 +54,7 @@ def simulate(
     ``t_end=1e32`` costs a few hundred steps; on the line the integrator holds ln|x_l|, so that tokens keep their
     signs and all their digits. A blow-up is not a failure: time is rescaled so that it lies at infinity, and its
     moment is found to about ``rtol``. The dynamics is triangular: when token l blows up, tokens l and later end with
-    it, for their equations hold token l, and those before it go on (see :class:`tokendyn.core.Trajectory`). Where a
+    it, for their equations hold token l, and those before it go on (see :class:`tokendyn.Trajectory`). Where a
     step size per channel makes the problem stiff, an implicit method (SciPy's Radau) takes over.
 
     Args:
@@ -74,7 +74,7 @@ def simulate(
         max_steps: steps after which to stop, for trajectories that oscillate ever faster.
 
     Returns:
-        :class:`tokendyn.core.Trajectory`: times, tokens, blow-ups, why it stopped. Ctrl-C returns what is done.
+        :class:`tokendyn.Trajectory`: times, tokens, blow-ups, why it stopped. Ctrl-C returns what is done.
 
     Raises:
         ShapeError, DTypeError, OptionError, NonFiniteError.
@@ -131,7 +131,7 @@ def simulate_sphere(
         phi: as of :func:`autoregressive_flow`.
 
     Returns:
-        :class:`tokendyn.core.Trajectory`.
+        :class:`tokendyn.Trajectory`.
 
     Raises:
         ShapeError, DTypeError, OptionError, NonFiniteError.
@@ -336,7 +336,7 @@ def classify_sphere(
         s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi: as of :func:`simulate_sphere`.
 
     Returns:
-        :class:`tokendyn.core.SphereRegime`.
+        :class:`tokendyn.SphereRegime`.
 
     Raises:
         ShapeError, DTypeError, OptionError, NonFiniteError.
@@ -389,7 +389,7 @@ def classify(
         tolerance: problems within this distance of a boundary have it named.
 
     Returns:
-        :class:`tokendyn.core.Regime`.
+        :class:`tokendyn.Regime`.
 
     Raises:
         ShapeError, DTypeError, OptionError, NonFiniteError.
