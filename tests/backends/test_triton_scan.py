@@ -18,7 +18,7 @@ from tokendyn._tolerances import HALF_EPS, HALF_FACTOR, tolerance
 
 triton = pytest.importorskip("triton")
 
-from tokendyn.backends.torch.ops import _scan_plain, _scan_triton, _scan_triton_launch
+from tokendyn.backends.torch.ops import _scan_plain, _scan_triton, _scan_triton_launch  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -203,7 +203,7 @@ def test_second_derivative_is_an_error():
     given = tensors(arguments("twice", 1, 1, 2, 1), torch.float32, False)
     y = _scan_triton.run(**given)
     (du,) = torch.autograd.grad(y.sum(), given["u"], create_graph=True)
-    with pytest.raises(RuntimeError, match="selective_scan_backward.* no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"selective_scan_backward.* no autograd formula"):
         torch.autograd.grad(du.sum(), given["delta"])
 
 
@@ -255,6 +255,7 @@ def test_real_sizes(name, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # advice of torch's compiler
 @pytest.mark.parametrize("scalar", [False, True])
 def test_compiles_whole_and_is_captured_in_a_graph(scalar):
     import tokendyn

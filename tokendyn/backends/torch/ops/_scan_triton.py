@@ -37,7 +37,7 @@ def scan(
     return y, last, states if keep_states else nothing.clone()
 
 
-@scan.register_fake
+@scan.register_fake  # type: ignore[attr-defined]
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, lengths, delta_softplus, return_last_state,
       keep_states):  # fmt: skip
     last = (u.shape[0], u.shape[1], B.shape[2]) if return_last_state else (0,)
@@ -83,7 +83,7 @@ def scan_backward(
     ]
 
 
-@scan_backward.register_fake
+@scan_backward.register_fake  # type: ignore[attr-defined]
 def _(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, seq_idx, lengths, delta_softplus, initial_gradient):
     def like(t: torch.Tensor | None) -> torch.Tensor:
         return u.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
@@ -121,7 +121,7 @@ def _backward(ctx: Any, dy: torch.Tensor | None, dlast: torch.Tensor | None, _: 
     )  # fmt: skip
 
 
-scan.register_autograd(_backward, setup_context=_save)
+scan.register_autograd(_backward, setup_context=_save)  # type: ignore[attr-defined]
 
 
 def run(

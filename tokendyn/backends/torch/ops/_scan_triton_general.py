@@ -1,4 +1,5 @@
 # type: ignore  # triton.jit hides from type checkers what kernels are
+# ruff: noqa: RUF005  (Triton knows tuple addition, not unpacking)
 """Triton kernels of the selective scan for any real A: one channel a lane, tokens in order.
 
 A sequence is cut into chunks of TILES x 16 tokens that run in parallel. Forward: end states of all chunks
@@ -40,6 +41,21 @@ def _step_sizes(raw, bias, valid, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _fetch(pointer, stride, mask, COUNT: tl.constexpr):
+    """COUNT vectors, ``stride`` apart. All loads are under way before the first is waited for."""
+    vectors = ()
+    for i in tl.static_range(COUNT):
+        vectors = vectors + (tl.load(pointer + i * stride, mask=mask, other=0.0).to(tl.float32),)
+    return vectors
+
+
+@triton.jit
+def _put(pointer, vectors, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        tl.store(pointer + i * ROWS, vectors[i])
+
+
+@triton.jit
 def _rows(bias, group, block, group_size, length):
     """Channels of a block of lanes, which of them exist, how many tokens they have, and their bias."""
     lane = block * ROWS + tl.arange(0, ROWS)
@@ -67,10 +83,11 @@ def chunk_states(
     u, delta, A, B, bias, seq_idx, lengths, ends, decays, work,
     u_b, u_d, u_l, delta_b, delta_d, delta_l, A_n,
     length, padded, channels, group_size, groups, blocks, state, chunks, items,
-    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """State after every chunk if it were 0 before, and the factor by which a state decays across it."""
     lane = tl.arange(0, ROWS)
+    every = lane < ROWS
     work += tl.program_id(0) * state * ROWS + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, rest = item % chunks, item // chunks
@@ -95,16 +112,19 @@ def chunk_states(
                 if seq_idx is not None:
                     keep = kept(seq_idx + batch * length, start, stop)
                     intact = tl.minimum(intact, tl.min(keep))
-                for n in range(state):
-                    A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                    B_tile = load_shared(B_group + n * padded + start)
-                    if lengths is not None:
-                        B_tile = tl.where(valid, B_tile, 0.0)
-                    a = tl.exp2(step * (A_row * LOG2E)[:, None])
-                    if seq_idx is not None:
-                        a *= keep
-                    _, _, h = advance(a, inflow * B_tile, tl.load(work + n * ROWS))
-                    tl.store(work + n * ROWS, h)
+                for n in range(0, state, UNROLL):
+                    A_rows = _fetch(A + n * A_n + rows, A_n, exists, UNROLL)
+                    entering = _fetch(work + n * ROWS, ROWS, every, UNROLL)
+                    leaving = ()
+                    for i in tl.static_range(UNROLL):
+                        B_tile = load_shared(B_group + (n + i) * padded + start)
+                        if lengths is not None:
+                            B_tile = tl.where(valid, B_tile, 0.0)
+                        a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
+                        if seq_idx is not None:
+                            a *= keep
+                        leaving = leaving + (advance(a, inflow * B_tile, entering[i])[2],)
+                    _put(work + n * ROWS, leaving, UNROLL)
         at = (batch * chunks + chunk) * state * channels + rows
         for n in range(state):
             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
@@ -117,11 +137,12 @@ def chunk_costates(
     dy, delta, z, A, C, bias, seq_idx, lengths, ends, decays, work,
     dy_b, dy_d, dy_l, delta_b, delta_d, delta_l, z_b, z_d, z_l, A_n,
     length, padded, channels, group_size, groups, blocks, state, chunks, items,
-    SOFTPLUS: tl.constexpr, TILES: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
     VECTOR: tl.constexpr, VECTOR_DY: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the state before every chunk if that of the state after it were 0, and the chunk's decay."""
     lane = tl.arange(0, ROWS)
+    every = lane < ROWS
     work += tl.program_id(0) * state * ROWS + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, rest = item % chunks, item // chunks
@@ -150,16 +171,19 @@ def chunk_costates(
                 if seq_idx is not None:
                     keep = kept(seq_idx + batch * length, start, stop)
                     intact = tl.minimum(intact, tl.min(keep))
-                for n in range(state):
-                    A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                    C_tile = load_shared(C_group + n * padded + start)
-                    if lengths is not None:
-                        C_tile = tl.where(valid, C_tile, 0.0)
-                    a = tl.exp2(step * (A_row * LOG2E)[:, None])
-                    if seq_idx is not None:
-                        a *= keep
-                    _, e = retreat(a, dout * C_tile, tl.load(work + n * ROWS))
-                    tl.store(work + n * ROWS, e)
+                for n in range(0, state, UNROLL):
+                    A_rows = _fetch(A + n * A_n + rows, A_n, exists, UNROLL)
+                    entering = _fetch(work + n * ROWS, ROWS, every, UNROLL)
+                    leaving = ()
+                    for i in tl.static_range(UNROLL):
+                        C_tile = load_shared(C_group + (n + i) * padded + start)
+                        if lengths is not None:
+                            C_tile = tl.where(valid, C_tile, 0.0)
+                        a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
+                        if seq_idx is not None:
+                            a *= keep
+                        leaving = leaving + (retreat(a, dout * C_tile, entering[i])[1],)
+                    _put(work + n * ROWS, leaving, UNROLL)
         at = (batch * chunks + chunk) * state * channels + rows
         for n in range(state):
             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
@@ -211,11 +235,12 @@ def outputs(
     u, delta, z, A, B, C, D, bias, seq_idx, lengths, states, y, work,
     u_b, u_d, u_l, delta_b, delta_d, delta_l, z_b, z_d, z_l, y_b, y_d, y_l, A_n,
     length, padded, channels, group_size, groups, blocks, state, chunks, items,
-    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr,
     STORE_LAST: tl.constexpr,
 ):  # fmt: skip
     """y of every chunk from the state before it; with STORE_LAST also the state after it."""
     lane = tl.arange(0, ROWS)
+    every = lane < ROWS
     work += tl.program_id(0) * state * ROWS + lane
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         chunk, rest = item % chunks, item // chunks
@@ -243,19 +268,23 @@ def outputs(
                     out = tl.zeros([ROWS, STEPS], tl.float32)
                 else:
                     out = tl.load(D + rows, mask=exists, other=0.0).to(tl.float32)[:, None] * value
-                for n in range(state):
-                    A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                    B_tile = load_shared(B + group_offset + n * padded + start)
-                    C_tile = load_shared(C + group_offset + n * padded + start)
-                    if lengths is not None:
-                        B_tile = tl.where(valid, B_tile, 0.0)
-                        C_tile = tl.where(valid, C_tile, 0.0)
-                    a = tl.exp2(step * (A_row * LOG2E)[:, None])
-                    if seq_idx is not None:
-                        a *= keep
-                    _, after, h = advance(a, inflow * B_tile, tl.load(work + n * ROWS))
-                    tl.store(work + n * ROWS, h)
-                    out += after * C_tile
+                for n in range(0, state, UNROLL):
+                    A_rows = _fetch(A + n * A_n + rows, A_n, exists, UNROLL)
+                    entering = _fetch(work + n * ROWS, ROWS, every, UNROLL)
+                    leaving = ()
+                    for i in tl.static_range(UNROLL):
+                        B_tile = load_shared(B + group_offset + (n + i) * padded + start)
+                        C_tile = load_shared(C + group_offset + (n + i) * padded + start)
+                        if lengths is not None:
+                            B_tile = tl.where(valid, B_tile, 0.0)
+                            C_tile = tl.where(valid, C_tile, 0.0)
+                        a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
+                        if seq_idx is not None:
+                            a *= keep
+                        states_of_n = advance(a, inflow * B_tile, entering[i])
+                        leaving = leaving + (states_of_n[2],)
+                        out += states_of_n[1] * C_tile
+                    _put(work + n * ROWS, leaving, UNROLL)
                 if z is not None:
                     z_rows = z + batch * z_b + rows.to(tl.int64) * z_d
                     gate = load_tile(z_rows, limits, z_l, start, VECTOR)
@@ -275,9 +304,9 @@ def gradients(
     dy_b, dy_d, dy_l, u_b, u_d, u_l, delta_b, delta_d, delta_l, z_b, z_d, z_l,
     du_b, du_d, du_l, ddelta_b, ddelta_d, ddelta_l, dz_b, dz_d, dz_l, A_n,
     length, padded, channels, group_size, groups, blocks, bands, state, chunks, items,
-    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, BLOCKS_A_BAND: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr, BLOCKS_A_BAND: tl.constexpr,
     VECTOR: tl.constexpr, VECTOR_DY: tl.constexpr,
-    STORE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    STORE_FIRST: tl.constexpr, PRECISION: tl.constexpr, GRAD_UNROLL: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a chunk from the state before it and the gradient of the state after it.
 
@@ -289,6 +318,7 @@ def gradients(
     of 16 n ends in one (16, 32) accumulator of dB and dC. Sums over the blocks of a band are made in order.
     """
     lane = tl.arange(0, ROWS)
+    every = lane < ROWS
     sixteen = tl.arange(0, 16)
     work += tl.program_id(0) * state * ROWS + lane
     tile_states += tl.program_id(0) * TILES * state * ROWS + lane
@@ -329,17 +359,19 @@ def gradients(
                         inflow = step * tl.where(valid, load_tile(u_rows, limits, u_l, start, VECTOR), 0.0)
                         if seq_idx is not None:
                             keep = kept(seq_idx + batch * length, start, stop)
-                        for n in range(state):
-                            A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                            B_tile = load_shared(B + group_offset + n * padded + start)
-                            if lengths is not None:
-                                B_tile = tl.where(valid, B_tile, 0.0)
-                            a = tl.exp2(step * (A_row * LOG2E)[:, None])
-                            if seq_idx is not None:
-                                a *= keep
-                            before = tl.load(tile_states + (tile * state + n) * ROWS)
-                            _, _, h = advance(a, inflow * B_tile, before)
-                            tl.store(tile_states + ((tile + 1) * state + n) * ROWS, h)
+                        for n in range(0, state, UNROLL):
+                            A_rows = _fetch(A + n * A_n + rows, A_n, exists, UNROLL)
+                            entering = _fetch(tile_states + (tile * state + n) * ROWS, ROWS, every, UNROLL)
+                            leaving = ()
+                            for i in tl.static_range(UNROLL):
+                                B_tile = load_shared(B + group_offset + (n + i) * padded + start)
+                                if lengths is not None:
+                                    B_tile = tl.where(valid, B_tile, 0.0)
+                                a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
+                                if seq_idx is not None:
+                                    a *= keep
+                                leaving = leaving + (advance(a, inflow * B_tile, entering[i])[2],)
+                            _put(tile_states + ((tile + 1) * state + n) * ROWS, leaving, UNROLL)
                 sum_D = tl.zeros([ROWS], tl.float32)
                 sum_bias = tl.zeros([ROWS], tl.float32)
                 for backwards in range(TILES):
@@ -365,32 +397,39 @@ def gradients(
                         dstep = tl.zeros([ROWS, STEPS], tl.float32)
                         for first_n in range(0, state, 16):
                             sums = tl.zeros([16, 2 * STEPS], tl.float32)
-                            for n in range(first_n, tl.minimum(first_n + 16, state)):
-                                A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
-                                B_tile = load_shared(B + group_offset + n * padded + start)
-                                C_tile = load_shared(C + group_offset + n * padded + start)
-                                if lengths is not None:
-                                    B_tile = tl.where(valid, B_tile, 0.0)
-                                    C_tile = tl.where(valid, C_tile, 0.0)
-                                a = tl.exp2(step * (A_row * LOG2E)[:, None])
-                                if seq_idx is not None:
-                                    a *= keep
-                                entering = tl.load(tile_states + (tile * state + n) * ROWS)
-                                before, after, _ = advance(a, inflow * B_tile, entering)
-                                g, e = retreat(a, dout * C_tile, tl.load(work + n * ROWS))
-                                tl.store(work + n * ROWS, e)
-                                q = g * a * before
-                                dstep += q * A_row[:, None]
-                                dinflow += g * B_tile
-                                if z is not None:
-                                    out += after * C_tile
+                            for n in range(first_n, tl.minimum(first_n + 16, state), GRAD_UNROLL):
                                 dA_n = dA_rows + n * channels
-                                dA_sum = tl.load(dA_n, mask=exists, other=0.0) + tl.sum(q * step, axis=1)
-                                tl.store(dA_n, dA_sum, mask=exists)
-                                pair = tl.reshape(tl.join(g * inflow, dout * after), [ROWS, 2 * STEPS])
-                                ones = tl.where((sixteen == n - first_n)[:, None], 1.0, 0.0)
-                                ones = tl.broadcast_to(ones, [16, ROWS])
-                                sums = tl.dot(ones, pair, sums, input_precision=PRECISION)
+                                A_rows = _fetch(A + n * A_n + rows, A_n, exists, GRAD_UNROLL)
+                                entering = _fetch(tile_states + (tile * state + n) * ROWS, ROWS, every, GRAD_UNROLL)
+                                arriving = _fetch(work + n * ROWS, ROWS, every, GRAD_UNROLL)
+                                dA_before = _fetch(dA_n, channels, exists, GRAD_UNROLL)
+                                leaving = ()
+                                dA_after = ()
+                                for i in tl.static_range(GRAD_UNROLL):
+                                    B_tile = load_shared(B + group_offset + (n + i) * padded + start)
+                                    C_tile = load_shared(C + group_offset + (n + i) * padded + start)
+                                    if lengths is not None:
+                                        B_tile = tl.where(valid, B_tile, 0.0)
+                                        C_tile = tl.where(valid, C_tile, 0.0)
+                                    a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
+                                    if seq_idx is not None:
+                                        a *= keep
+                                    before, after, _last = advance(a, inflow * B_tile, entering[i])
+                                    g, e = retreat(a, dout * C_tile, arriving[i])
+                                    leaving = leaving + (e,)
+                                    q = g * a * before
+                                    dstep += q * A_rows[i][:, None]
+                                    dinflow += g * B_tile
+                                    if z is not None:
+                                        out += after * C_tile
+                                    dA_after = dA_after + (dA_before[i] + tl.sum(q * step, axis=1),)
+                                    pair = tl.reshape(tl.join(g * inflow, dout * after), [ROWS, 2 * STEPS])
+                                    ones = tl.where((sixteen == n + i - first_n)[:, None], 1.0, 0.0)
+                                    ones = tl.broadcast_to(ones, [16, ROWS])
+                                    sums = tl.dot(ones, pair, sums, input_precision=PRECISION)
+                                _put(work + n * ROWS, leaving, GRAD_UNROLL)
+                                for i in tl.static_range(GRAD_UNROLL):
+                                    tl.store(dA_n + i * channels, dA_after[i], mask=exists)
                             dB_sum, dC_sum = tl.split(tl.reshape(sums, [16, STEPS, 2]))
                             n_at = (first_n + sixteen)[:, None]
                             at = band_offset + n_at * padded + start + tl.arange(0, STEPS)[None, :]

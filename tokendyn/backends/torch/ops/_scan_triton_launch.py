@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -14,10 +15,11 @@ from tokendyn.backends.torch.ops._scan_triton_tiles import ROWS, STEPS
 
 _ROWS, _STEPS, _CHUNK = ROWS.value, STEPS.value, scalar.CHUNK.value
 
-#: General A: tiles of 16 tokens a chunk, blocks of 32 channels whose dB and dC one program adds, warps to keep a
-#: processor busy.
+#: General A: tiles of 16 tokens a chunk, blocks of 32 channels whose dB and dC one program adds, states n
+#: whose loads are under way together (forward, backward, the last kernel), warps to keep a processor busy.
 CHUNK_TILES = 4
 BLOCKS_A_BAND = 4
+FORWARD_UNROLL, BACKWARD_UNROLL, GRADIENT_UNROLL = 1, 8, 2
 WARPS_A_PROCESSOR = 16
 
 #: Scalar A: largest N, most channels a program, warps a program (forward, backward), programs to keep
@@ -117,6 +119,11 @@ def _padded(t: torch.Tensor) -> torch.Tensor:
     return t.clone() if t.data_ptr() % 16 else t
 
 
+def _unroll(state: int, most: int) -> int:
+    """The largest divisor of ``state`` up to ``most``."""
+    return max(count for count in range(1, most + 1) if state % count == 0)
+
+
 class _General:
     """What the forward and the backward launches of one call share."""
 
@@ -148,7 +155,14 @@ def general_forward(u, delta, A, B, C, D, z, bias, initial_state, seq_idx, lengt
     states = _floats(u, *plan.slots)
     programs = min(plan.items, plan.most)
     work = _floats(u, programs, state, _ROWS)
-    options = {"SOFTPLUS": softplus, "TILES": plan.tiles, "VECTOR": vector, "num_warps": 1, "num_stages": 1}
+    options = {
+        "SOFTPLUS": softplus,
+        "TILES": plan.tiles,
+        "UNROLL": _unroll(state, FORWARD_UNROLL),
+        "VECTOR": vector,
+        "num_warps": 1,
+        "num_stages": 1,
+    }
     if plan.chunks > 1:
         ends, decays = _floats(u, *plan.per_chunk), _floats(u, *plan.per_chunk)
         general.chunk_states[(programs,)](
@@ -174,8 +188,8 @@ def general_backward(dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, 
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), _like(z, u)
     vector = min(_vector(length, u, delta, z), _vector(length, du, ddelta, None if z is None else dz))
     costates = _floats(u, *plan.slots)
-    options = {"SOFTPLUS": softplus, "TILES": plan.tiles, "VECTOR": vector, "VECTOR_DY": _vector(length, dy),
-               "num_warps": 1, "num_stages": 1}  # fmt: skip
+    options = {"SOFTPLUS": softplus, "TILES": plan.tiles, "UNROLL": _unroll(state, BACKWARD_UNROLL), "VECTOR": vector,
+               "VECTOR_DY": _vector(length, dy), "num_warps": 1, "num_stages": 1}  # fmt: skip
     if plan.chunks > 1:
         programs = min(plan.items, plan.most)
         work = _floats(u, programs, state, _ROWS)
@@ -203,6 +217,7 @@ def general_backward(dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, 
         *dy.stride(), *u.stride(), *delta.stride(), *_strides(z), *du.stride(), *ddelta.stride(),
         *_strides(None if z is None else dz), plan.A_n, *plan.sizes, plan.bands, state, plan.chunks,
         plan.band_items, BLOCKS_A_BAND=BLOCKS_A_BAND, STORE_FIRST=plan.chunks == 1, PRECISION=_SUMS[u.dtype],
+        GRAD_UNROLL=_unroll(state if state <= 16 else math.gcd(state, 16), GRADIENT_UNROLL),
         **options,
     )  # fmt: skip
     dA = dA.sum((0, 1, 2)).unsqueeze(1) if scalar_A else dA.sum((0, 1)).t()
