@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,3 +229,21 @@ def test_an_error_of_the_data_arrives_as_it_is(tmp_path: Path, workers: int) -> 
     with pytest.raises(DataError) as raised:
         trainer(tmp_path, UnreadableTask(), workers=workers).run()
     assert str(raised.value) == "no example can be read"
+
+
+class DivergingTask(TinyTask):
+    def evaluate(self, model: torch.nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+        return {"loss": float("inf")}, {}
+
+
+def test_a_held_out_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="tiny, seed 3, after 0 of 12 steps: the held-out loss is inf"):
+        trainer(tmp_path, DivergingTask()).run()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        load_trained(TinyTask(width=7), tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        trainer(tmp_path, TinyTask(width=7)).run()

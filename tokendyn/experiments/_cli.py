@@ -24,8 +24,7 @@ C = TypeVar("C")
 # Exit codes, besides 0 (finished) and Python's own 1 (an error of ours, with its traceback).
 MISTAKE = 2  # the command, the data or the folder cannot be used as given
 NON_FINITE = 3  # the loss or the gradient became NaN or infinite
-INTERRUPTED = 128 + signal.SIGINT  # 130, the shell's convention
-TERMINATED = 128 + signal.SIGTERM  # 143
+SIGNALLED = 128  # plus the signal's number, the shell's convention: 130 for Ctrl-C, 143 for SIGTERM
 
 REQUIRED = {
     "torch": "torch",
@@ -61,9 +60,11 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
     try:
         command(arguments)
     except Stopped as stopped:
-        return _complain(str(stopped), 128 + stopped.number)
+        return _complain(str(stopped), SIGNALLED + stopped.number)
     except KeyboardInterrupt:
-        return _complain("interrupted; what the last checkpoint holds can be continued with --resume auto", INTERRUPTED)
+        return _complain(
+            "interrupted; what the last checkpoint holds can be continued with --resume auto", SIGNALLED + signal.SIGINT
+        )
     except NonFiniteError as error:
         return _complain(str(error), NON_FINITE)
     except (_Misuse, TokendynError, OSError) as error:  # OSError: disk full, no permission

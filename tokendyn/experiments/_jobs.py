@@ -47,15 +47,19 @@ def run_jobs(
     with ProcessPoolExecutor(jobs, context, _begin, (run, messages, stop)) as pool:
         futures = [pool.submit(_call, arm, seed) for arm, seed in pairs]
         pending, failure = set(futures), None
-        while pending:
-            done, pending = wait(pending, timeout=_FREQUENCY, return_when=FIRST_COMPLETED)
-            _forward(messages, progress)
-            for future in done:
-                error = future.exception()
-                if error is not None and (failure is None or isinstance(failure, Stopped)):
-                    failure = error
-            if signals.received is not None or failure is not None:
-                stop.value = signals.received or signal.SIGTERM
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=_FREQUENCY, return_when=FIRST_COMPLETED)
+                _forward(messages, progress)
+                for future in done:
+                    error = future.exception()
+                    if error is not None and (failure is None or isinstance(failure, Stopped)):
+                        failure = error
+                if signals.received is not None or failure is not None:
+                    stop.value = signals.received or signal.SIGTERM
+        except BaseException:
+            stop.value = signal.SIGTERM  # or leaving the block would wait for all runs
+            raise
     _forward(messages, progress)
     if isinstance(failure, BrokenProcessPool):
         raise TokendynError(

@@ -39,7 +39,7 @@ class Progress:
 
     def __init__(self, total: int, *, terminal: bool | None = None) -> None:
         self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty() if terminal is None else terminal:
+        if total and (sys.stderr.isatty() if terminal is None else terminal):
             self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr)
         self._began = time.monotonic()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,8 @@ def numerics(compute: ComputeConfig) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if compute.deterministic and compute.device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read when it starts
     torch.set_num_threads(compute.threads)
     torch.use_deterministic_algorithms(compute.deterministic, warn_only=compute.device != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -303,6 +306,10 @@ class Trainer:
             self._held_out, skipped = self.task.evaluate(model, self.device)
         model.train(was_training)
         self._note_skipped(skipped)
+        if not math.isfinite(self._held_out["loss"]):
+            raise NonFiniteError(
+                f"{self.name}, after {self.step} of {self.total} steps: the held-out loss is {self._held_out['loss']}"
+            )
         self._evaluation_seconds = time.perf_counter() - began
         self.metrics.append({"step": self.step, "split": "held_out", **self._held_out})
         measures = self._held_out
@@ -339,7 +346,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
-        self.model.load_state_dict(checkpoint.tensors["model"])
+        _load_weights(self.model, checkpoint.tensors["model"])
         load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint.tensors["average"])
@@ -369,8 +376,17 @@ def load_trained(task: Task, folder: Path) -> nn.Module:
     if "average" in checkpoint.tensors:
         inner = checkpoint.tensors["average"].items()
         weights = {name.removeprefix("module."): value for name, value in inner if name.startswith("module.")}
-    model.load_state_dict(weights)
+    _load_weights(model, weights)
     return model.eval()
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as cause:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model, which may be of another version ({' '.join(str(cause).split())})"
+        ) from cause
 
 
 def _build(task: Task, seed: int, like: Task | None) -> nn.Module:

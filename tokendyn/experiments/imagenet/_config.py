@@ -43,7 +43,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "image_size")
         expect_at_least(self, 0, "crop_padding", "cache_mb")
-        expect_within(self, 0.001, 178.0, "max_megapixels")
+        expect_within(self, 0.001, 178.0, "max_megapixels")  # Pillow itself opens no larger ones
 
 
 @dataclass(frozen=True)

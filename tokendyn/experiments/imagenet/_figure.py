@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from tokendyn.experiments._trainer import load_trained
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images
-from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, ImageTask, to_input
+from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, ImageTask, stage_of, to_input
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 LINES = ("-", "--", ":", "-.")
 EXAMPLES = 6
 STYLE: dict[Any, Any] = {
@@ -79,16 +81,15 @@ def _draw_curves(
     figure: Figure | SubFigure, config: ImageNetConfig, runs: Sequence[RunRecord], *, measures: bool
 ) -> None:
     panels: list[Axes] = list(np.atleast_1d(figure.subplots(1, 4 if measures else 2)))
-    for arm, colour in zip(config.arms, COLOURS * 9, strict=False):
+    for arm, colour in zip(config.arms, itertools.cycle(COLOURS), strict=False):
         lines = [[line for line in run.metrics if line["split"] == "held_out"] for run in runs if run.arm == arm]
         steps = [line["step"] for line in lines[0]]
-        label = f"{arm}"
-        _band(panels[0], steps, [[100 * line["accuracy"] for line in run] for run in lines], colour, "-", label)
-        _band(panels[1], steps, [[line["loss"] for line in run] for run in lines], colour, "-", label)
+        _band(panels[0], steps, [[100 * line["accuracy"] for line in run] for run in lines], colour, "-", arm)
+        _band(panels[1], steps, [[line["loss"] for line in run] for run in lines], colour, "-", arm)
         for module, dashes in zip(lines[0][-1].get("orders", {}), LINES, strict=False):
             with_orders = [[line for line in run if "orders" in line] for run in lines]
             steps = [line["step"] for line in with_orders[0]]
-            label = f"{arm}, {_stage(module)}"
+            label = f"{arm}, {stage_of(module)}"
             for panel, key in ((panels[2], "effective_tokens"), (panels[3], "variance_kept")):
                 values = [[line["orders"][module][key] for line in run] for run in with_orders]
                 _band(panel, steps, values, colour, dashes, label)
@@ -151,7 +152,7 @@ def _draw_maps(
         panel.grid(False)
     for panel, image, index in zip(panels[0], pixels, examples, strict=False):
         panel.imshow(image, interpolation="nearest")
-        panel.set_title(images.classes[held_out.labels[index]], fontsize=8, loc="center")
+        panel.set_title(textwrap.fill(images.classes[held_out.labels[index]], 18), fontsize=8, loc="center")
     _label(panels[0, 0], "held-out images")
     for row, arm in zip(panels[1:], ordered, strict=True):
         run = next(run for run in runs if run.arm == arm)
@@ -200,10 +201,3 @@ def mosaic(values: np.ndarray, count: int) -> np.ndarray:
     across = math.isqrt(values.shape[0] // count)
     squares = values.reshape(count, across, across, side, side)
     return squares.transpose(0, 1, 3, 2, 4).reshape(count, across * side, across * side)
-
-
-def _stage(module: str) -> str:
-    """``levels.2.blocks.0.mixer.order`` as readers of the papers call it: stage 3."""
-    parts = module.split(".")
-    stage = f"stage {int(parts[1]) + 1}"
-    return stage if parts[3] == "0" else f"{stage} block {int(parts[3]) + 1}"

@@ -13,7 +13,7 @@ from tokendyn.experiments._statistics import paired, summary
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images
-from tokendyn.experiments.imagenet._task import ImageTask
+from tokendyn.experiments.imagenet._task import ImageTask, stage_of
 
 FORMAT = 1
 ORDER_MEASURES = ("tokens", "effective_tokens", "variance_kept", "score_deviation")
@@ -42,6 +42,7 @@ def write_report(
     write_json(folder / "result.json", result)
     figures = draw_figure(folder / "figures", config, images, runs, make_task)
     print("\n" + format_table(result))
+    print()
     for sentence in conclusions(result):
         print(sentence)
     if result["skipped"]:
@@ -87,32 +88,34 @@ def _cost(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The table as text: one row an arm."""
-    header = ["arm", "order", "accuracy %", "loss", "tokens averaged", "variance kept", "ms/step", "parameters"]
-    rows = [header]
+    """The table as text, one row an arm, and below it what the arms' orders are."""
+    header = ["arm", "accuracy %", "loss", "tokens averaged", "variance kept", "ms/step", "parameters"]
+    rows, notes = [header], []
     for arm, values in result["arms"].items():
         held_out, orders = values["held_out"], values["orders"].values()
         memory = values["cost"]["gpu_memory_bytes"]
         rows.append(
             [
                 arm,
-                describe_order(resolve_arm(arm)),
                 _plus_minus(held_out["accuracy"], 100, 2),
                 _plus_minus(held_out["loss"], 1, 4),
-                ", ".join(f"{o['effective_tokens']['mean']:.1f} of {o['tokens']['mean']:.0f}" for o in orders) or "-",
-                ", ".join(f"{o['variance_kept']['mean']:.2g}" for o in orders) or "-",
+                ", ".join(f"{order['effective_tokens']['mean']:.1f}" for order in orders) or "-",
+                ", ".join(f"{order['variance_kept']['mean']:.2g}" for order in orders) or "-",
                 f"{1000 * values['cost']['seconds_per_step']:.0f}",
                 f"{values['parameters']:,}",
                 *([f"{memory / 2**20:,.0f}"] if memory is not None else []),
             ]
         )
+        where = [f"{stage_of(name)} ({o['tokens']['mean']:.0f} tokens)" for name, o in values["orders"].items()]
+        notes.append(f"{arm}: {describe_order(resolve_arm(arm))}" + (f"; {', '.join(where)}" if where else ""))
     if len(rows[1]) > len(header):
         header.append("GPU MiB")
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     count = len(result["seeds"])
     seeds = "one seed" if count == 1 else f"mean ± standard deviation over {count} seeds"
-    return "\n".join([f"held-out results, {seeds}", lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    title = f"held-out results, {seeds}"
+    return "\n".join([title, lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes])
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:

@@ -135,6 +135,13 @@ class ImageTasks:
         return ImageTask(self.images, self.config, resolve_arm(arm), seed)
 
 
+def stage_of(module: str) -> str:
+    """``levels.2.blocks.0.mixer.order`` as readers of the papers call it: stage 3."""
+    parts = module.split(".")
+    stage = f"stage {int(parts[1]) + 1}"
+    return stage if parts[3] == "0" else f"{stage} block {int(parts[3]) + 1}"
+
+
 def to_input(pixels: Tensor) -> Tensor:
     """(b, H, W, 3) uint8 pixels as the model's input (b, 3, H, W), of about mean 0 and deviation 1."""
     mean = torch.tensor(MEAN, device=pixels.device)
