@@ -1,4 +1,4 @@
-"""All faults. Most are planted on every backend; the others on PyTorch, which is fast and differentiates everything."""
+"""All faults. The main ones are planted on every backend, most on NumPy and PyTorch, gradients on PyTorch at least."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from tokendyn._checks import dtype_name
 
 from ..equivalence.compositions import SCAN_TOKENS
 from .planting import (
+    BOTH,
     DIFFERENTIATED,
     MAIN,
     Arguments,
@@ -95,24 +96,24 @@ ORDERS = (
         MAIN,
         where="L=63",
     ),
-    Fault("inverse permutation returned", "hard_order", instead(inverse_order), MAIN, where="L=63"),
+    Fault("inverse permutation returned", "hard_order", instead(inverse_order), BOTH, where="L=63"),
     Fault("unstable sort", "hard_order", instead(ties_reversed), MAIN, "exact", where="ties"),
     Fault(
         "descending order by flipping",
         "hard_order",
         instead(descending_by_flipping),
-        MAIN,
+        BOTH,
         "exact",
         where="ties descending",
     ),
     Fault("ascending ignored", "softsort", given(lambda a: {"ascending": True}), MAIN, where="descending"),
-    Fault("tau ignored", "softsort", given(lambda a: {"tau": 1.0}), MAIN, where="L=197"),
-    Fault("power ignored", "softsort", given(lambda a: {"power": 1}), MAIN, where="ties, square"),
+    Fault("tau ignored", "softsort", given(lambda a: {"tau": 1.0}), BOTH, where="L=197"),
+    Fault("power ignored", "softsort", given(lambda a: {"power": 1}), BOTH, where="ties, square"),
     Fault(
         "hard in place of soft",
         "softsort",
         instead(lambda call, a: tokendyn.token_order(a["scores"], "hard").apply(a["x"])),
-        MAIN,
+        BOTH,
     ),
     Fault(
         "restore is apply",
@@ -143,13 +144,13 @@ ORDERS = (
         "gradient of scores missing",
         "softsort",
         gradient("scores", None, cut),
-        DIFFERENTIATED,
+        ("torch",),
     ),
     Fault(
         "gradient of scores missing",
         "softsort_restore",
         gradient("scores", None, cut),
-        DIFFERENTIATED,
+        ("torch",),
     ),
     Fault(
         "projection transposed",
@@ -168,7 +169,7 @@ ORDERS = (
         "gradient of k missing",
         "importance_score",
         gradient("k", None, cut),
-        DIFFERENTIATED,
+        ("torch",),
     ),
 )
 
@@ -191,12 +192,15 @@ def mixer(*, leave_out: str | None = None, undo: bool = True, restore: str = "re
 
 COMPOSITIONS = (
     *(
-        Fault(f"order not applied to {label}", "reordered_scan", instead(mixer(leave_out=name)), MAIN)
+        Fault(
+            f"order not applied to {label}",
+            "reordered_scan",
+            instead(mixer(leave_out=name)),
+            MAIN if name == "z" else BOTH,
+        )
         for name, label in (("z", "the gate"), ("delta", "the step size"), ("B", "B"), ("C", "C"), ("u", "the input"))
     ),
-    Fault("order not undone", "reordered_scan", instead(mixer(undo=False)), MAIN),
-    Fault("restore is apply", "reordered_scan", instead(mixer(restore="apply")), MAIN),
-    Fault(
-        "gradient of the scores missing", "reordered_scan", gradient("scores", None, cut), DIFFERENTIATED, where="soft"
-    ),
+    Fault("order not undone", "reordered_scan", instead(mixer(undo=False)), BOTH),
+    Fault("restore is apply", "reordered_scan", instead(mixer(restore="apply")), BOTH),
+    Fault("gradient of the scores missing", "reordered_scan", gradient("scores", None, cut), ("torch",), where="soft"),
 )

@@ -45,6 +45,8 @@ class Fault:
 
 
 MAIN = ("numpy", "torch", "jax")
+#: Without JAX, which compiles every fault.
+BOTH = ("numpy", "torch")
 DIFFERENTIATED = ("torch", "jax")
 
 

@@ -12,6 +12,7 @@ from tokendyn._dispatch import kind_of
 
 from ..equivalence.frameworks import Implementation
 from .planting import (
+    BOTH,
     MAIN,
     Arguments,
     Fault,
@@ -129,7 +130,7 @@ SCAN = (
     Fault("0.4 % scale error", "selective_scan", made(lambda y: y * 1.004), MAIN),
     Fault("one NaN", "selective_scan", made(lambda y: y + constant(single(y.shape, np.nan), y)), MAIN, "non-finite"),
     Fault(
-        "one infinity", "selective_scan", made(lambda y: y + constant(single(y.shape, np.inf), y)), MAIN, "non-finite"
+        "one infinity", "selective_scan", made(lambda y: y + constant(single(y.shape, np.inf), y)), BOTH, "non-finite"
     ),
     Fault("one element off by 0.3", "selective_scan", made(lambda y: y + constant(single(y.shape, 0.3), y)), MAIN),
     Fault("groups interleaved", "selective_scan", given(interleaved), MAIN, where="groups"),
@@ -138,13 +139,13 @@ SCAN = (
         "state reset one token late",
         "selective_scan",
         given(lambda a: {"seq_idx": earlier(a["seq_idx"])} if "seq_idx" in a else {}),
-        MAIN,
+        BOTH,
         where="packed",
     ),
     Fault("lengths ignored", "selective_scan", without("lengths"), MAIN, where="padded"),
     Fault("padded token leaking", "selective_scan", given(longer), MAIN, where="padded"),
     Fault("last state off by one token", "selective_scan", instead(state_too_early), MAIN),
-    Fault("initial state ignored", "selective_scan", without("initial_state"), MAIN),
+    Fault("initial state ignored", "selective_scan", without("initial_state"), BOTH),
     Fault("sign of A lost", "selective_scan", given(lambda a: {"A": -abs(a["A"])}), where="long memory"),
     Fault(
         "wrong dtype returned",
@@ -153,12 +154,12 @@ SCAN = (
         MAIN,
         "dtype",
     ),
-    Fault("rounded on the way", "selective_scan", made(rounded_inside), MAIN),
+    Fault("rounded on the way", "selective_scan", made(rounded_inside), BOTH),
     Fault(
         "last state missing",
         "selective_scan",
         instead(lambda call, a: call(**{**a, "return_last_state": False})),
-        MAIN,
+        BOTH,
         "structure",
     ),
     *(
@@ -174,13 +175,13 @@ SCAN = (
         "gradient of C is zero",
         "selective_scan",
         gradient("C", lambda g: 0 * g, lambda v: scaled_gradient(v, 0.0)),
-        MAIN,
+        BOTH,
     ),
     Fault(
         "gradient of delta 0.4 % off",
         "selective_scan",
         gradient("delta", lambda g: g * 1.004, lambda v: scaled_gradient(v, 1.004)),
-        MAIN,
+        BOTH,
     ),
     Fault("gradient of delta_bias not summed over the batch", "selective_scan", bias_gradient_of_one_row, MAIN),
 )
@@ -205,22 +206,22 @@ def unsigned_mean(call: Callable[..., Any], a: Arguments) -> Any:
 
 
 ATTENTION = (
-    Fault("decay counts the token's own step", "hidden_attention", given(counting_its_own_step), MAIN),
+    Fault("decay counts the token's own step", "hidden_attention", given(counting_its_own_step), BOTH),
     Fault("attention crosses packed sequences", "hidden_attention", without("seq_idx"), MAIN, where="packed"),
-    Fault("padded rows filled", "hidden_attention", without("lengths"), MAIN, where="padded"),
-    Fault("rows counted from the start", "hidden_attention", instead(rows_from_the_start), MAIN, where="rows"),
+    Fault("padded rows filled", "hidden_attention", without("lengths"), BOTH, where="padded"),
+    Fault("rows counted from the start", "hidden_attention", instead(rows_from_the_start), BOTH, where="rows"),
     Fault(
         "absolute values left out of the mean",
         "hidden_attention",
         instead(unsigned_mean),
-        MAIN,
+        BOTH,
         where="mean of absolute values",
     ),
     Fault(
         "another channel",
         "hidden_attention",
         given(lambda a: {"channel": (a["channel"] + 1) % a["delta"].shape[1]} if "channel" in a else {}),
-        MAIN,
+        BOTH,
         where="one channel",
     ),
     Fault("groups interleaved", "hidden_attention", given(interleaved), where="groups"),
@@ -228,7 +229,7 @@ ATTENTION = (
         "rows and columns swapped",
         "hidden_attention",
         instead(lambda call, a: call(**a) if "rows" in a else call(**a).swapaxes(-1, -2)),
-        MAIN,
+        BOTH,
     ),
     Fault("gradient of A missing", "hidden_attention", gradient("A", None, cut)),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..check import Case
-from .common import ONCE, WIDE, Rng
+from .common import NEVER, ONCE, WIDE, Rng
 
 #: Parameters of the line as Python numbers, which have no gradient.
 NUMBERS = {"mu": 0.7, "s_delta": -0.4, "a": 1.5, "bias": 0.2}
@@ -32,7 +32,7 @@ def flow_rhs() -> Iterator[Case]:
         return Case("flow_rhs", name, arguments, **{key: value for key, value in more.items() if key != "options"})
 
     for L in (1, 2, 63, 197):
-        yield line(f"line, L={L}", L, compiled=None if L == 63 else ONCE)
+        yield line(f"line, L={L}", L, compiled={1: ONCE, 63: None}.get(L, NEVER))
     yield line("line, one set of parameters", each=False)
     yield line("line, numbers", each=False, options=NUMBERS, constant=tuple(NUMBERS))
     yield line("line, bias", options={"bias": np.array([-4.0, 0.0, 3.0])})
@@ -48,7 +48,7 @@ def flow_rhs() -> Iterator[Case]:
         )
 
     for L in (1, 2, 63):
-        yield space(f"L={L}", L=L, compiled=None if L == 63 else ONCE)
+        yield space(f"L={L}", L=L, compiled={1: ONCE, 63: None}.get(L, NEVER))
     yield space("one channel as a matrix", D=1)
     yield space("shared step size", shared=True, bias="number")
     yield space("shared step size, one a", shared=True, a=0.8)
@@ -104,7 +104,7 @@ def sphere_flow() -> Iterator[Case]:
             lambda rng: channel_arguments(rng, **arguments),
             strided=strided,
             constant=numbers,
-            compiled=None if name == "L=63" else ONCE,
+            compiled={"L=2": NEVER, "L=63": None}.get(name, ONCE),
         )
 
     for L in (1, 2, 63):
@@ -126,7 +126,9 @@ def attention_flow() -> Iterator[Case]:
             made["K"] = rng.standard_normal((N, D))
             return {**made, **({"V": rng.standard_normal((D, D))} if V else {}), **more}
 
-        return Case("attention_flow", name, arguments, dtypes, strided=strided, compiled=None if L == 63 else ONCE)
+        return Case(
+            "attention_flow", name, arguments, dtypes, strided=strided, compiled={2: NEVER, 63: None}.get(L, ONCE)
+        )
 
     for L in (1, 2, 63):
         yield case(f"L={L}", L=L)
@@ -147,7 +149,7 @@ def autoregressive_flow() -> Iterator[Case]:
         def arguments(rng: Rng) -> dict[str, Any]:
             return {"x": rng.standard_normal((2, L, 3)), "phi": rng.standard_normal(p), **options}
 
-        return Case("autoregressive_flow", name, arguments, strided=strided, compiled=None if L == 63 else ONCE)
+        return Case("autoregressive_flow", name, arguments, strided=strided, compiled={2: NEVER, 63: None}.get(L, ONCE))
 
     yield case("L=1", 2, L=1)
     yield case("p=1", 1)

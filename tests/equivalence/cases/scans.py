@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..check import Case
-from .common import ALL, NO_FLOAT16, ONCE, WIDE, Rng
+from .common import ALL, NEVER, NO_FLOAT16, ONCE, WIDE, Rng
 from .orders import Scores, ordinary, tied
 
 Steps = Callable[[Rng, tuple[int, ...]], np.ndarray]
@@ -165,8 +165,8 @@ def selective_scan() -> Iterator[Case]:
     yield case("scalar growth", A=lambda rng, d, N: rng.uniform(0.05, 0.3, d))
     yield case("scalar A as a column", A="column", compiled=ONCE)
     yield case("groups", NO_FLOAT16, groups=2, compiled=ONCE)
-    yield case("one group of four axes", groups=1, compiled=ONCE)
-    yield case("a group a channel", groups=4, compiled=ONCE)
+    yield case("one group of four axes", groups=1, compiled=NEVER)
+    yield case("a group a channel", groups=4, compiled=NEVER)
     yield case(
         "scalar A, groups of three, packed and padded",
         A="scalar",
@@ -178,10 +178,10 @@ def selective_scan() -> Iterator[Case]:
     )
     # Options on and off; every array is left out at least twice.
     yield case("bare", softplus=False, given="", last=False, compiled=ONCE)
-    yield case("softplus, D, last state", given="D", compiled=ONCE)
+    yield case("softplus, D, last state", given="D", compiled=NEVER)
     yield case("bias and gate", softplus=False, given="delta_bias z", last=False, compiled=ONCE)
-    yield case("initial state and D", softplus=False, given="initial_state D", last=False, compiled=ONCE)
-    yield case("scalar A bare", A="scalar", softplus=False, given="", last=False, compiled=ONCE)
+    yield case("initial state and D", softplus=False, given="initial_state D", last=False, compiled=NEVER)
+    yield case("scalar A bare", A="scalar", softplus=False, given="", last=False, compiled=NEVER)
     # Sizes.
     yield case("one of everything", b=1, d=1, N=1, L=7, compiled=ONCE)
     yield case("tiles left over", b=1, d=19, N=17, L=5, compiled=ONCE)
@@ -223,7 +223,7 @@ def hidden_attention() -> Iterator[Case]:
     yield case("tiny steps", step=tiny_steps)
     yield case("extreme steps", step=extreme_steps)
     yield case("bare", softplus=False, given="", b=2, compiled=ONCE)
-    yield case("bias without softplus", softplus=False, b=2, compiled=ONCE)
+    yield case("bias without softplus", softplus=False, b=2, compiled=NEVER)
     yield case("scalar A", A="scalar", b=2, compiled=ONCE)
     yield case("scalar A as a column", A="column", b=2, compiled=ONCE)
     yield case("groups", groups=2, d=4, b=2, compiled=ONCE)
@@ -232,7 +232,7 @@ def hidden_attention() -> Iterator[Case]:
     yield case("mean", aggregate="mean", d=3, b=2, compiled=ONCE)
     yield case("mean of absolute values", aggregate="mean_abs", d=3, b=2)
     yield case("rows", rows=(3, 6), b=2, compiled=ONCE)
-    yield case("the last row", rows=(16, 17), aggregate="mean", b=2, compiled=ONCE)
+    yield case("the last row", rows=(16, 17), aggregate="mean", b=2, compiled=NEVER)
     yield case("the first row of a channel", rows=(0, 1), channel=0, compiled=ONCE)
     yield case("packed", seq_idx=SHORT_PACKED, b=2, compiled=ONCE)
     yield case("packed rows", seq_idx=SHORT_PACKED, b=2, rows=(4, 9), aggregate="mean_abs", compiled=ONCE)
