@@ -54,10 +54,11 @@ def hidden_attention(
     # Nothing of a channel is kept for the reverse pass, so (b, d, L, L) does not exist there either.
     @jax.checkpoint
     def attention(step: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> jax.Array:
-        """P (b, R, stop) of one channel from its step (b, stop), A (N,) or (1,), B (b, N, stop), C (b, N, R)."""
+        """P, or |P|, (b, R, stop) of one channel: step (b, stop), A (N,) or (1,), B (b, N, stop), C (b, N, R)."""
         # Masked before the exponential: where it would overflow, so would its derivative.
         elapsed = jnp.where(visible, _elapsed(step, start), 0)
-        return jnp.where(visible, _kernel(elapsed, A, B, C) * step[:, None, :], 0)
+        P = jnp.where(visible, _kernel(elapsed, A, B, C) * step[:, None, :], 0)
+        return absolute(P) if aggregate == "mean_abs" else P
 
     def by_group(v: jax.Array, axis: int) -> jax.Array:
         """Axis of d channels -> leading axes (G, d/G)."""
@@ -68,14 +69,13 @@ def hidden_attention(
         group = channel // (d // groups)
         P = attention(step[:, channel], A[channel], B[:, group], C[:, group])
     else:
-        scale = (lambda P: P) if aggregate == "mean" else absolute
 
         def one_group(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
             step, A, B, C = inputs
 
             def one_channel(total: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
                 P = attention(*own, B, C)
-                return (total, P) if aggregate is None else (total + scale(P) / d, None)
+                return (total, P) if aggregate is None else (total + P / d, None)
 
             return jax.lax.scan(one_channel, total, (step, A))
 
