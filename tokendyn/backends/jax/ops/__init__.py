@@ -77,7 +77,7 @@ def from_numpy(array: Any, dtype_name: str | None = None) -> jax.Array:
         DTypeError: that is float64 and JAX's x64 mode, which is the user's to switch on, is off.
     """
     dtype = np.asarray(array).dtype if dtype_name is None else jnp.dtype(dtype_name)
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
+    if dtype == np.float64 != jnp.result_type(float):
         raise DTypeError(
             "float64 needs JAX's x64 mode, which is off; switch it on with "
             "jax.config.update('jax_enable_x64', True), or ask for float32"

@@ -1,7 +1,10 @@
 """Spectrum of the input-output matrix M = S_Cᵀ S_B and of its symmetric part, without D x D matrices.
 
 Both derivatives are made one eigenvalue at a time from its own eigenvectors, so that eigenvalues which
-coincide (those of a rank-deficient M at 0) leave the derivatives of the others alone.
+coincide (those of a rank-deficient M at 0) leave the derivatives of the others alone. A second derivative
+would need those of left eigenvectors: JAX has them only on demand, and raises NotImplementedError.
+
+JAX solves nonsymmetric eigenproblems on the CPU and the GPU (there, left eigenvectors on the host), not on TPUs.
 """
 
 from __future__ import annotations
