@@ -20,7 +20,7 @@ from typing import Any
 from tokendyn.errors import TokendynError
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._progress import Listener
-from tokendyn.experiments._signals import StopRequest, leave_signals_to_parent
+from tokendyn.experiments._signals import StopRequest, born_deaf, leave_signals_to_parent
 
 _FREQUENCY = 0.1  # seconds between two looks at messages and signals
 
@@ -45,7 +45,8 @@ def run_jobs(
     stop = context.Value("i", 0)
     # `run` holds the data: it is sent once a process, not once a call.
     with ProcessPoolExecutor(jobs, context, _begin, (run, messages, stop)) as pool:
-        futures = [pool.submit(_call, arm, seed) for arm, seed in pairs]
+        with born_deaf():
+            futures = [pool.submit(_call, arm, seed) for arm, seed in pairs]
         pending, failure = set(futures), None
         try:
             while pending:

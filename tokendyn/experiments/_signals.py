@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -36,6 +38,19 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
+
+
+@contextlib.contextmanager
+def born_deaf() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C from their first moment: they inherit it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def leave_signals_to_parent(*_: object) -> None:
