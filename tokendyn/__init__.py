@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from tokendyn.core._sphere import SphereRegime
     from tokendyn.core._trajectory import Trajectory
 
+    # The constructors follow the backend chosen; a type checker is shown PyTorch's.
+    from tokendyn.torch import S6, Mamba, MambaVision, TokenReorder, mambavision_t
+
 __version__ = "0.1.0"
 
 _LAZY = {
