@@ -34,7 +34,7 @@ def scan(
         y, boundaries, states = launch.general_forward(*arguments)
     nothing = u.new_empty((0,), dtype=torch.float32)
     last = launch.slot(boundaries, -1) if return_last_state else nothing
-    return y, last, states if keep_states else nothing.clone()
+    return y, last, nothing.clone() if states is None or not keep_states else states
 
 
 @scan.register_fake  # type: ignore[attr-defined]
