@@ -38,6 +38,7 @@ def _eigenvalues_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> t
     values, left, right = jax.lax.linalg.eig(X)
     order = _descending(values)
     left, right = left[:, order].conj(), right[:, order]
+    dX = jax.lax.complex(dX, jnp.zeros_like(dX))
     change = jnp.einsum("ni,nm,mi->i", left, dX, right, precision=EXACT)
     return values[order], change / (left * right).sum(0)
 
