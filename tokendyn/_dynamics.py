@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,8 @@ def _expect_absent(name: str, beside: str, **arguments: Any) -> None:
 
 def as_float64(name: str, key: str, value: Any) -> np.ndarray:
     """``value`` as a finite float64 NumPy array."""
+    if type(value) in (int, float) and math.isfinite(value):  # the usual case, and no array to look into
+        return np.array(value, np.float64)
     if kind_of(value) in ("torch", "jax"):
         raise DTypeError(f"{name}: {key} is {describe(value)}, expected a NumPy array, a sequence or a number")
     if not isinstance(value, (np.ndarray, np.generic, int, float, Sequence)) or isinstance(value, (str, bytes, bool)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,18 @@ _NO_MATRIX, _NO_VECTOR = np.empty((1, 0, 0)), np.empty((1, 0))
 _ROWS = 256
 
 
+class Asked(NamedTuple):
+    """What is asked of a simulation; see :func:`simulate`."""
+
+    clock: int
+    t_end: float
+    times: np.ndarray | None
+    rtol: float
+    points_per_step: int
+    max_steps: int
+    implicit: bool
+
+
 def simulate(
     x0: np.ndarray,
     parameters: dict[str, Any],
@@ -40,8 +52,11 @@ def simulate(
     rtol: float,
     points_per_step: int,
     max_steps: int,
+    implicit: bool = True,
 ) -> Trajectory:
     """Integrate from ``x0``; arguments as of :func:`tokendyn.simulate`, checked. ``parameters`` decides the model.
+
+    Without ``implicit`` a trajectory that turns stiff is left there ("tolerance unreachable"): for large ensembles.
 
     Every array of an ensemble has the ensemble's axis in front, as :func:`ensemble_size` reads it.
     """
@@ -49,12 +64,14 @@ def simulate(
     one_channel = parameters.get("mu") is not None
     single = x0.ndim - (1 if one_channel else 2) == 0
     shape = x0.shape if single else x0.shape[1:]
-    starts = np.array(np.broadcast_to(x0[None] if single else x0, (size or 1, *shape)), order="C")
+    starts = np.empty((size or 1, *shape))
+    starts[:] = x0
     problem, clock = _problem(starts, parameters, sphere, size)
     y = np.log(np.abs(starts), where=starts != 0, out=np.zeros_like(starts)) if one_channel else starts
     y = np.concatenate([np.zeros((len(y), 1)), y.reshape(len(y), -1)], axis=1)
     run = _one if size is None else _many
-    return run(starts, y, problem, clock, parameters, t_end, times, rtol, points_per_step, max_steps)
+    asked = Asked(clock, t_end, times, rtol, points_per_step, max_steps, implicit)
+    return run(starts, y, problem, asked, parameters)
 
 
 def ensemble_size(x0: np.ndarray, parameters: dict[str, Any]) -> int | None:
@@ -108,7 +125,9 @@ def _problem(starts: np.ndarray, parameters: dict[str, Any], sphere: bool, size:
     clock = engine.LINEAR_CLOCK
     if parameters.get("mu") is not None:
         given = (0.0 if parameters[key] is None else parameters[key] for key in ("mu", "s_delta", "a", "bias"))
-        line = np.stack([np.broadcast_to(np.asarray(p, np.float64), (count,)) for p in given], axis=1)
+        line = np.empty((count, 4))
+        for column, value in enumerate(given):
+            line[:, column] = value
         fields.update(line=line, sign=np.sign(starts))
         clock = engine.BLOW_UP_CLOCK if (line[:, 0] > 0).any() else engine.LOG_CLOCK
         return Problem(**fields), clock
@@ -137,13 +156,8 @@ def _one(
     starts: np.ndarray,
     y: np.ndarray,
     problem: Problem,
-    clock: int,
+    asked: Asked,
     parameters: dict[str, Any],
-    t_end: float,
-    times: np.ndarray | None,
-    rtol: float,
-    points_per_step: int,
-    max_steps: int,
 ) -> Trajectory:
     """One trajectory, in slices, so that Ctrl-C is heard."""
     length, n = starts.shape[1], y.shape[1]
@@ -151,25 +165,26 @@ def _one(
     state = engine.State(
         y[0], np.zeros((16, n)), np.zeros(2), _counts(1, length)[0], np.full(length, np.inf), np.full(length, -1)
     )
-    points = points_per_step if times is None else 0
-    asked = np.empty(0) if times is None else times
-    rows = _ROWS if times is None else max(len(asked), 1)
-    output = _Output(asked, points, np.empty(rows), np.zeros((rows, n - 1)))
-    options = engine.Options(clock, rtol, t_end, points, min(max_steps, max(10, 200_000 // (n + 100))))
+    points = asked.points_per_step if asked.times is None else 0
+    times = np.empty(0) if asked.times is None else asked.times
+    rows = _ROWS if asked.times is None else max(len(times), 1)
+    output = _Output(times, points, np.empty(rows), np.zeros((rows, n - 1)))
+    budget = min(asked.max_steps, max(10, 200_000 // (n + 100)))
+    options = engine.Options(asked.clock, asked.rtol, asked.t_end, points, budget)
     try:
-        reason = _drive(problem, options, state, output, max_steps)
+        reason = _drive(problem, options, state, output, asked)
     except KeyboardInterrupt:
         reason = engine.STOPPED
     made = int(state.counts[4])
     ended = state.ended_at[np.isfinite(state.ended_at)]
-    if times is None:
+    if asked.times is None:
         out_times = np.concatenate([[0.0], output.times[:made]])
         tokens = np.concatenate([_flat_start(starts, parameters), output.rows[:made]])
         rising = np.append(True, np.diff(out_times) > 0)  # close to a blow-up, times agree in all their digits
         out_times, tokens = out_times[rising], tokens[rising]
     else:
-        kept = len(asked) if reason == engine.ALL_ENDED else made
-        out_times, tokens = asked[:kept], output.rows[:kept]
+        kept = len(times) if reason == engine.ALL_ENDED else made
+        out_times, tokens = times[:kept], output.rows[:kept]
     return Trajectory(
         times=out_times,
         tokens=_tokens(tokens[None], out_times, starts, state.y[None], state.ended_at[None], parameters)[0],
@@ -212,11 +227,11 @@ class _Output:
             counts[4] += 1
 
 
-def _drive(problem: Problem, options: engine.Options, state: engine.State, output: _Output, max_steps: int) -> int:
+def _drive(problem: Problem, options: engine.Options, state: engine.State, output: _Output, asked: Asked) -> int:
     """Integrate one trajectory to its end: the explicit method, and where it turns stiff the implicit one."""
     stop = np.zeros(1, np.int64)
     while True:
-        left = max_steps - int(state.counts[1])
+        left = asked.max_steps - int(state.counts[1])
         if left <= 0:
             return engine.RUNNING
         slice_ = options._replace(budget=min(options.budget, left))
@@ -224,9 +239,11 @@ def _drive(problem: Problem, options: engine.Options, state: engine.State, outpu
         if reason == engine.ROOM:
             output.grow()
         elif reason == engine.STIFF:
+            if not asked.implicit:
+                return engine.TOLERANCE
             from tokendyn.core._stiff import carry_on
 
-            reason = carry_on(problem, options, state, functools.partial(output.write, state.counts), max_steps)
+            reason = carry_on(problem, options, state, functools.partial(output.write, state.counts), asked.max_steps)
             if reason != engine.RUNNING:
                 return reason
         elif reason != engine.RUNNING:
@@ -237,17 +254,12 @@ def _many(
     starts: np.ndarray,
     y: np.ndarray,
     problem: Problem,
-    clock: int,
+    asked: Asked,
     parameters: dict[str, Any],
-    t_end: float,
-    times: np.ndarray | None,
-    rtol: float,
-    points_per_step: int,
-    max_steps: int,
 ) -> Trajectory:
     """An ensemble on all cores. Ctrl-C keeps the trajectories that are done."""
     size, length = starts.shape[:2]
-    asked = np.array([0.0, t_end]) if times is None else times
+    times = np.array([0.0, asked.t_end]) if asked.times is None else asked.times
     n = y.shape[1]
     state = engine.State(
         y,
@@ -257,29 +269,31 @@ def _many(
         np.full((size, length), np.inf),
         np.full((size, length), -1),
     )
-    out_times, out = np.empty((size, len(asked))), np.zeros((size, len(asked), n - 1))
+    out_times, out = np.empty((size, len(times))), np.zeros((size, len(times), n - 1))
     reasons = np.full(size, engine.STOPPED)
     stop = np.zeros(1, np.int64)
-    options = engine.Options(clock, rtol, t_end, 0, max_steps)
+    options = engine.Options(asked.clock, asked.rtol, asked.t_end, 0, asked.max_steps)
 
     def compute(first: int, last: int) -> None:
-        engine.integrate_many(first, last, problem, options, state, asked, out_times, out, reasons, stop)
+        engine.integrate_many(first, last, problem, options, state, times, out_times, out, reasons, stop)
 
     try:
         run_tiles(compute, size, work=np.inf, stop=stop)
+        for i in np.flatnonzero(reasons == engine.STIFF) if asked.implicit else ():
+            one = engine.State(state.y[i], np.zeros((16, n)), *(field[i] for field in state[2:]))
+            output = _Output(times, 0, out_times[i], out[i])
+            reasons[i] = _drive(member(problem, i), options._replace(budget=1000), one, output, asked)
     except KeyboardInterrupt:
+        reasons[reasons == engine.STIFF] = engine.STOPPED
         done = int((reasons != engine.STOPPED).sum())
         warnings.warn(f"simulate: interrupted; {done} of {size} trajectories are done", RuntimeWarning, stacklevel=4)
-    for i in np.flatnonzero(reasons == engine.STIFF):
-        one = engine.State(state.y[i], np.zeros((16, n)), *(field[i] for field in state[2:]))
-        output = _Output(asked, 0, out_times[i], out[i])
-        reasons[i] = _drive(member(problem, i), options._replace(budget=min(1000, max_steps)), one, output, max_steps)
-    made = np.where(reasons == engine.ALL_ENDED, len(asked), state.counts[:, 4])
-    tokens = _tokens(out, asked, starts, state.y, state.ended_at, parameters)
-    tokens[np.arange(len(asked)) >= made[:, None]] = np.nan
+    reasons[reasons == engine.STIFF] = engine.TOLERANCE
+    made = np.where(reasons == engine.ALL_ENDED, len(times), state.counts[:, 4])
+    tokens = _tokens(out, times, starts, state.y, state.ended_at, parameters)
+    tokens[np.arange(len(times)) >= made[:, None]] = np.nan
     ended = np.where(np.isfinite(state.ended_at), state.ended_at, -np.inf).max(axis=1)
     return Trajectory(
-        times=asked,
+        times=times,
         tokens=tokens,
         ended_at=state.ended_at,
         ended_by=state.ended_by,

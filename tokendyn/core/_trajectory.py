@@ -128,6 +128,28 @@ class Trajectory:
         whole[:, :count, :count] = P
         return whole[0] if self.one_channel else whole
 
+    def plot(self, ax: Any = None, *, laws: bool = True) -> Any:
+        """Draw the tokens over depth, with matplotlib.
+
+        On the line tokens over time, their predicted laws dashed beside them, blow-ups dotted; in the plane their
+        paths; in more dimensions their norms; on the sphere their paths (D = 3) or their cosines with token 1.
+
+        Args:
+            ax: axes to draw into; new ones by default (three-dimensional for the sphere of R^3).
+            laws: on the line, draw the predicted laws too.
+
+        Returns:
+            The axes.
+
+        Raises:
+            EngineError: matplotlib is not installed.
+            OptionError: this is an ensemble.
+        """
+        self._expect_one("plot")
+        from tokendyn.core._plot import plot
+
+        return plot(self, ax, laws=laws)
+
     @property
     def regime(self) -> Any:
         """:func:`tokendyn.classify` of the initial tokens, on the sphere :func:`tokendyn.classify_sphere`."""
