@@ -40,7 +40,8 @@ def _reference(case: str, row: dict[str, Any], arrays: dict[str, np.ndarray]) ->
         if dtype.startswith("complex"):
             outputs[name] = outputs[name][..., 0] + 1j * outputs[name][..., 1]
     return Reference(
-        arguments={**arguments, **row["options"]},
+        # JSON has lists only.
+        arguments={**arguments, **{k: tuple(v) if isinstance(v, list) else v for k, v in row["options"].items()}},
         dtypes=dtypes,
         outputs=outputs,
         output_dtypes=output_dtypes,

@@ -230,7 +230,7 @@ def hidden_attention() -> Iterator[Case]:
     yield case("one channel", ALL, channel=1, b=2, compiled=WIDE)
     yield case("one channel of a group", channel=3, d=4, groups=2, compiled=ONCE)
     yield case("mean", aggregate="mean", d=3, b=2, compiled=ONCE)
-    yield case("mean of absolute values", aggregate="mean_abs", d=3, b=2)
+    yield case("mean of absolute values", aggregate="mean_abs", d=3, b=2, compiled=ONCE)
     yield case("rows", rows=(3, 6), b=2, compiled=ONCE)
     yield case("the last row", rows=(16, 17), aggregate="mean", b=2, compiled=NEVER)
     yield case("the first row of a channel", rows=(0, 1), channel=0, compiled=ONCE)
