@@ -1,0 +1,123 @@
+"""The command line: what it prints, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tokendyn.cli import main
+
+FAST = ["--mu", "1", "--s-delta", "0.7", "--a", "1", "--x0", "0.3", "-1", "1.2"]
+PLANE = {"M": [[-1, 0.4], [0, -0.6]], "s_delta": [[0.4, -0.3], [0.2, 0.5]], "a": 1, "x0": [[1, 0.5], [-0.6, 1.1]]}
+
+
+@pytest.fixture
+def plane(tmp_path: Path) -> str:
+    path = tmp_path / "plane.json"
+    path.write_text(json.dumps(PLANE))
+    return str(path)
+
+
+def test_classify_prints_a_row_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "regime: fast divergence" in out
+    assert out.count("blow-up") >= 3
+    assert "6.20132" in out
+
+
+def test_classify_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", *FAST, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "fast divergence"
+    assert found["blow_up_bounds"][2] == pytest.approx(0.220443, rel=1e-5)
+    assert found["constants"][1] is None
+
+
+def test_commas_and_small_negative_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", "--mu", "1", "--s-delta=-1e-1", "--a", "1", "--x0=0.3,1e-3"]) == 0
+    assert "slow divergence" in capsys.readouterr().out
+
+
+def test_simulate_prints_times_and_events(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", *FAST, "--t-end", "7", "--times", "0", "0.2", "1", "6.5"]) == 0
+    out = capsys.readouterr().out
+    assert "token 2 blows up" in out
+    assert "-inf" in out
+    assert main(["simulate", *FAST, "--t-end", "7", "--times=0,1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["times"] == [0, 1]
+    assert found["tokens"][1][2] is None
+    assert found["events"][0].endswith("token 2 blows up")
+
+
+def test_problems_in_files_and_on_the_sphere(plane: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", "--problem", plane]) == 0
+    assert "convergence" in capsys.readouterr().out
+    assert main(["simulate", "--problem", plane, "--t-end", "5", "--sphere"]) == 0
+    assert "⟨x_1, x_0⟩" in capsys.readouterr().out
+    assert main(["classify", "--problem", plane, "--sphere"]) == 0
+    assert "case B" in capsys.readouterr().out
+    assert main(["classify", "--problem", plane, "--sphere", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["case"] == "B"
+
+
+def test_problem_from_stdin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"mu": -1, "s_delta": 1, "a": 1, "x0": [1, 2]})))
+    assert main(["classify", "--problem", "-"]) == 0
+    assert "convergence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("on", ["line", "plane", "ball"])
+def test_pictures(on: str, tmp_path: Path, plane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("tokendyn.cli._animate.FRAMES", 5)
+    ball = tmp_path / "ball.json"
+    ball.write_text(json.dumps({"phi": [0.5], "x0": [[1, 0, 0], [0.5, 1, 0], [0, 0.2, 1]]}))
+    problem = {"line": FAST, "plane": ["--problem", plane], "ball": ["--problem", str(ball), "--sphere"]}[on]
+    plot, movie = tmp_path / "plot.svg", tmp_path / "movie.gif"
+    assert main(["simulate", *problem, "--t-end", "0.5", "--plot", str(plot), "--animate", str(movie)]) == 0
+    assert plot.read_text().count("<path") > 10
+    assert movie.read_bytes()[:6] == b"GIF89a"
+
+
+MISTAKES = {
+    "missing": (["classify", "--mu", "1"], "--s-delta, --a, --x0 missing"),
+    "not numbers": (["classify", "--mu", "1", "--s-delta", "1", "--a", "1", "--x0", "one"], "expected numbers"),
+    "a = 0": (["classify", "--mu", "1", "--s-delta", "1", "--a", "0", "--x0", "1"], "a is 0.0, expected a > 0"),
+    "no file": (["classify", "--problem", "nowhere.json"], "nowhere.json"),
+    "times": (["simulate", *FAST, "--t-end", "1", "--times", "2"], "rising numbers"),
+    "format": (["simulate", *FAST, "--t-end", "0.1", "--animate", "x.avi"], "ends in .gif or .mp4"),
+    "figure": (["figures", "fig1_convergance"], "did you mean 'fig1_convergence'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = MISTAKES[mistake]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_problem_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "problem.json"
+    for text, message in (("{", "is not JSON"), ('{"nu": 1}', "holds ['nu']"), ('{"mu": 1}', "holds no x0")):
+        path.write_text(text)
+        assert main(["classify", "--problem", str(path)]) == 2
+        assert message in capsys.readouterr().err
+    path.write_text(json.dumps({**PLANE, "phi": [1.0]}))
+    assert main(["classify", "--problem", str(path)]) == 2
+    assert "phi" in capsys.readouterr().err
+
+
+def test_figures_with_their_data(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["figures", "fig3_fast_divergence", "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "fig3_fast_divergence.json").read_text())
+    assert data["trajectory"]["ended_at"][2] == pytest.approx(0.212712, abs=1e-6)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg", ".json"}

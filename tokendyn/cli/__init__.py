@@ -1,0 +1,26 @@
+"""The command line: ``tokendyn classify``, ``tokendyn simulate``, ``tokendyn figures``.
+
+Whatever a user can get wrong ends in one sentence on stderr and exit code 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tokendyn.errors import TokendynError
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code: 0, 2 for a mistake in the call, 130 for Ctrl-C."""
+    from tokendyn.cli._commands import run
+
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except (TokendynError, OSError) as error:
+        print(f"tokendyn: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("tokendyn: interrupted", file=sys.stderr)
+        return INTERRUPTED

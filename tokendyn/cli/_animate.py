@@ -1,0 +1,98 @@
+"""Pictures of a trajectory: one that stands, and one that moves."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokendyn import Trajectory
+from tokendyn.core._plot import colour
+from tokendyn.errors import EngineError, OptionError
+
+FRAMES, SECONDS = 120, 8.0
+
+
+def _figure() -> Any:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EngineError("drawing needs matplotlib; run: pip install 'tokendyn[experiments]'")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6, 4.5), layout="constrained")
+
+
+def save_plot(trajectory: Trajectory, path: Path) -> None:
+    """Draw the trajectory into ``path``; its suffix is the format."""
+    figure = _figure()
+    trajectory.plot(figure.add_subplot(projection="3d" if _on_ball(trajectory) else None))
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an unknown suffix
+        raise OptionError(f"--plot {path}: {error}") from None
+
+
+def save_animation(trajectory: Trajectory, path: Path) -> None:
+    """Tokens moving over depth, as a GIF or, where ffmpeg is installed, an MP4.
+
+    Frames follow the integrator's steps, so that time runs slowly where much happens.
+    """
+    from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
+
+    suffix = path.suffix.lower()
+    if suffix not in (".gif", ".mp4"):
+        raise OptionError(f"--animate {path}: expected a name that ends in .gif or .mp4")
+    if suffix == ".mp4" and not FFMpegWriter.isAvailable():
+        raise EngineError(f"--animate {path}: MP4 needs ffmpeg, which is not installed; use a .gif instead")
+    figure = _figure()
+    frames = np.unique(np.linspace(0, len(trajectory) - 1, min(FRAMES, len(trajectory))).astype(int))
+    draw = _scene(trajectory, figure)
+    rate = max(1, round(len(frames) / SECONDS))
+    writer = PillowWriter(fps=rate) if suffix == ".gif" else FFMpegWriter(fps=rate)
+    FuncAnimation(figure, draw, frames=frames.tolist(), blit=False, cache_frame_data=False).save(path, writer, dpi=90)
+
+
+def _on_ball(trajectory: Trajectory) -> bool:
+    return trajectory.sphere and trajectory.tokens.shape[2] == 3
+
+
+def _scene(trajectory: Trajectory, figure: Any) -> Any:
+    """Axes with the tokens as points and their paths so far; returns what moves them to a row."""
+    tokens = np.where(np.isfinite(trajectory.tokens), trajectory.tokens, np.nan)
+    length = tokens.shape[1]
+    if _on_ball(trajectory):
+        ax, places = figure.add_subplot(projection="3d"), tokens
+        ax.set_box_aspect((1, 1, 1), zoom=1.3)
+        ax.set_axis_off()
+        limits = (-1.0, 1.0)
+        ax.set(xlim=limits, ylim=limits, zlim=limits)
+    else:
+        ax = figure.add_subplot()
+        if trajectory.one_channel:
+            places = np.stack([np.broadcast_to(np.arange(length) + 1.0, tokens.shape), tokens], axis=-1)
+            ax.set(xlabel="token", ylabel="x", xlim=(0.5, length + 0.5))
+            ax.set_xticks(range(1, length + 1))
+        else:
+            places = tokens[..., :2]
+            ax.set(xlabel="channel 1", ylabel="channel 2")
+        reach = 1.1 * min(np.nanmax(np.abs(places[..., 1:])), 4 * np.abs(trajectory.start).max())
+        ax.set_ylim(-reach, reach)
+        if not trajectory.one_channel:
+            ax.set_xlim(-reach, reach)
+            ax.set_aspect("equal")
+        ax.axhline(0, color="#999999", linewidth=0.6)
+    paths = [ax.plot(*places[:1, l].T, color=colour(l), linewidth=1, alpha=0.7)[0] for l in range(length)]
+    points = [ax.plot(*places[:1, l].T, "o", color=colour(l), markersize=6)[0] for l in range(length)]
+
+    def draw(row: int) -> list[Any]:
+        for l in range(length):
+            for artist, rows in ((paths[l], slice(0, row + 1)), (points[l], slice(row, row + 1))):
+                artist.set_data(*places[rows, l].T[:2])
+                if places.shape[-1] == 3:
+                    artist.set_3d_properties(places[rows, l, 2])
+        ended = int((trajectory.ended_at <= trajectory.times[row]).sum())
+        ax.set_title(f"t = {trajectory.times[row]:.4g}" + (f", {ended} of {length} tokens ended" if ended else ""))
+        return [*paths, *points]
+
+    return draw
