@@ -9,7 +9,7 @@ from ..equivalence.check import Case, check
 from ..equivalence.compare import Mismatch
 from ..equivalence.frameworks import Implementation, implementation_of
 from ..equivalence.subjects import SUBJECTS
-from .conftest import Catch
+from .conftest import SURVIVED, Catch
 from .faults import FAULTS
 from .planting import Fault
 
@@ -38,6 +38,7 @@ def test_fault_is_caught(
             assert fault.caught_by in (None, found.check), found
             caught.append((fault.name, fault.subject, backend, dtype, found.check, case.name))
             return
+    caught.append((fault.name, fault.subject, backend, dtype, SURVIVED, ""))
     pytest.fail(f"{fault.name!r} in {fault.subject} survived on {backend} in {dtype}")
 
 
