@@ -66,7 +66,7 @@ def uninterrupted(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     finish(start(out, tree, "--jobs", "1"))
     found = contents(out)
-    assert len(found) == 2 * 5
+    assert len(found) == 3 * 5  # the arms of the demo
     return found
 
 
