@@ -58,9 +58,13 @@ def simulate(
     it, for their equations hold token l, and those before it go on (see :class:`tokendyn.Trajectory`). Where a
     step size per channel makes the problem stiff, an implicit method (SciPy's Radau) takes over.
 
+    PyTorch tensors and JAX arrays go through torchdiffeq and diffrax instead, and the tokens returned can be
+    differentiated with respect to x0 and every parameter. There a blow-up before t_end is an error (under ``jax.jit``
+    NaN), an ensemble shares its steps and, in R^D, its parameters.
+
     Args:
         x0: initial tokens, (L,) on the line, (L, D) in R^D; with an axis in front an ensemble of b trajectories, run
-            on all cores, each with steps of its own.
+            on all cores, each with steps of its own. A NumPy array, a nested sequence, a tensor or a JAX array.
         t_end: end of the simulation, above 0.
         s_delta, a, mu, M, S_B, S_C, bias: as of :func:`flow_rhs`, with a > 0. In an ensemble they are shared, or each
             trajectory has its own: on the line as (b,), in R^D with b in front of M (or of S_B and S_C) and of every
@@ -197,6 +201,9 @@ def _simulate(
         times = as_float64(name, "times", times)
         if times.ndim != 1 or len(times) == 0 or (np.diff(times) < 0).any() or times[0] < 0 or times[-1] > t_end:
             raise OptionError(f"{name}: times must be rising numbers in [0, t_end = {t_end}], got {times}")
+    kind = kind_of(x0)
+    if kind in ("torch", "jax"):
+        return _simulate_on(kind, name, x0, parameters, sphere, t_end, times, rtol, max_steps)
     tokens, arrays = problem_arrays(name, x0, parameters, sphere=sphere)
     return run(
         tokens,
@@ -207,6 +214,54 @@ def _simulate(
         rtol=float(rtol),
         points_per_step=points_per_step,
         max_steps=max_steps,
+    )
+
+
+def _simulate_on(
+    kind: str,
+    name: str,
+    x0: Any,
+    parameters: dict[str, Any],
+    sphere: bool,
+    t_end: float,
+    times: np.ndarray | None,
+    rtol: float,
+    max_steps: int,
+) -> Trajectory:
+    """Integrate framework arrays by the framework's own solver: differentiable, blow-ups are errors."""
+    import importlib
+
+    from tokendyn import _operations as ops
+    from tokendyn.core._trajectory import Trajectory
+
+    given = {key: value for key, value in parameters.items() if value is not None}
+    options: dict[str, Any] = {}
+    if "phi" in given:
+        operation, options = ops.autoregressive_flow, {"sphere": sphere}
+    elif "Q" in given:
+        operation, options = ops.attention_flow, {"sphere": sphere}
+    else:
+        operation = ops.sphere_flow if sphere else ops.flow_rhs
+    integrate = importlib.import_module(f"tokendyn.backends.{kind}._simulate").integrate
+    asked = [0.0, float(t_end)] if times is None else [float(time) for time in times]
+    grid = asked if asked[0] == 0 else [0.0, *asked]
+    tokens = integrate(lambda x: operation(x, **given, **options), x0, grid, float(rtol), max_steps)
+    tokens = tokens[len(grid) - len(asked) :]
+    one = x0.ndim == (1 if "mu" in given else 2)
+    shape = x0.shape[:1] if one else x0.shape[:2]
+    return Trajectory(
+        times=np.array(asked),
+        tokens=tokens if one else tokens.swapaxes(0, 1),
+        ended_at=np.full(shape, np.inf),
+        ended_by=np.full(shape, -1),
+        reason="reached t_end" if one else np.full(shape[:1], "reached t_end"),
+        stopped_at=float(t_end),
+        steps=None,
+        rejected=None,
+        evaluations=None,
+        problem=parameters,
+        start=x0,
+        sphere=sphere,
     )
 
 

@@ -14,7 +14,7 @@ import tokendyn
 from tokendyn import core, simulate, simulate_sphere
 from tokendyn.core import _simulate
 from tokendyn.core._dop853 import DENSE, ERRORS, STAGES
-from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
+from tokendyn.errors import DTypeError, EngineError, NonFiniteError, OptionError, ShapeError
 
 
 def generator(*key: object) -> np.random.Generator:
@@ -320,3 +320,57 @@ def test_it_prints_what_happened() -> None:
     assert "token 2 blows up" in text
     assert "token 1 ends with token 0" in text
     assert tokendyn.Trajectory.__name__ == "Trajectory"
+
+
+# ----------------------------------------------------------------------------------------- on tensors and JAX arrays
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_frameworks_agree_and_differentiate(backend: str) -> None:
+    framework = pytest.importorskip(backend)
+    pytest.importorskip({"torch": "torchdiffeq", "jax": "diffrax"}[backend])
+    x0, times = np.array([[1.2, -0.8, 0.3], [0.5, 1.0, -2.0]]), [0.5, 2.0]
+    parameters = {"s_delta": 0.7, "a": 0.8, "t_end": 2.0, "times": times, "rtol": 1e-10}
+    expected = simulate(x0=x0, mu=-1.3, **parameters).tokens
+    h = 1e-5
+    difference = (
+        simulate(x0=x0, mu=-1.3 + h, **parameters).tokens - simulate(x0=x0, mu=-1.3 - h, **parameters).tokens
+    ) / (2 * h)
+    if backend == "torch":
+        mu = framework.tensor(-1.3, dtype=framework.float64, requires_grad=True)
+        tokens = simulate(x0=framework.tensor(x0), mu=mu, **parameters).tokens
+        (gradient,) = framework.autograd.grad(tokens.sum(), mu)
+        tokens = tokens.detach().numpy()
+    else:
+        jnp = framework.numpy
+
+        def total(mu: object) -> object:
+            return simulate(x0=jnp.asarray(x0), mu=mu, **parameters).tokens.sum()
+
+        gradient = framework.jit(framework.grad(total))(jnp.asarray(-1.3))
+        tokens = np.asarray(simulate(x0=jnp.asarray(x0), mu=-1.3, **parameters).tokens)
+    np.testing.assert_allclose(tokens, expected, rtol=1e-8)
+    assert float(gradient) == pytest.approx(difference.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_frameworks_on_the_sphere(backend: str) -> None:
+    pytest.importorskip({"torch": "torchdiffeq", "jax": "diffrax"}[backend])
+    rng = generator("frameworks")
+    x0, M, s_delta = unit(rng.normal(size=(4, 3))), rng.normal(size=(3, 3)), rng.normal(size=3)
+    expected = simulate_sphere(x0=x0, M=M, s_delta=s_delta, a=1.0, t_end=1.0, times=[1.0]).tokens
+    with tokendyn.backend(backend):
+        from tokendyn._dispatch import load_backend
+
+        made = [load_backend(backend).from_numpy(array) for array in (x0, M, s_delta)]
+    tokens = simulate_sphere(x0=made[0], M=made[1], s_delta=made[2], a=1.0, t_end=1.0, times=[1.0]).tokens
+    np.testing.assert_allclose(np.asarray(tokens), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_frameworks_say_that_a_token_blows_up(backend: str) -> None:
+    framework = pytest.importorskip(backend)
+    pytest.importorskip({"torch": "torchdiffeq", "jax": "diffrax"}[backend])
+    x0 = framework.tensor([1.0]) if backend == "torch" else framework.numpy.asarray([1.0])
+    with pytest.raises(EngineError, match="blows up"):
+        simulate(x0=x0, mu=1.0, s_delta=1.0, a=1.0, t_end=10.0, max_steps=2000)
