@@ -49,8 +49,7 @@ class Regime:
         certainty_codes: (L,) places of each fate's certainty in ``CERTAINTIES``.
         margin: on the line the smallest change of μ or of some S_Δ x_l that changes the kind; 0 on a boundary. In
             R^D see the boundary named in ``explain()``; 0 where no margin is known.
-        boundaries: names of the boundaries on which or within ``tolerance`` of which the problem lies. Of an ensemble
-            only through ``[i]``.
+        tolerance: problems within this distance of a boundary have it named in ``boundaries``.
         problem: the parameters and x0, by name.
         notes: in R^D what was used to decide, in words.
         trajectory: in R^D the simulation that decided what could not be proved, if there was one.
@@ -97,7 +96,7 @@ class Regime:
 
     @cached_property
     def rates(self) -> np.ndarray:
-        """(L,) exponents p: |x_l| ~ constant · t^p, (ln t)^p or (T - t)^p under the three fates; 0 if stationary."""
+        """(L,) exponents p: ``|x_l| ~ constant · t^p, (ln t)^p, (T - t)^p`` under the three fates; 0 if stationary."""
         self._expect_line("rates")
         s_delta = self._column("s_delta")
         blow_up = np.where(s_delta == 0, -0.5, -1 / 3)
@@ -107,11 +106,11 @@ class Regime:
 
     @cached_property
     def constants(self) -> np.ndarray:
-        """(L,) constants beside ``rates``: |x_l| over its power tends to them.
+        """(L,) constants beside ``rates``: ``|x_l|`` over its power tends to them.
 
-        Where |x_l| grows like ln t the constant is r_l / |S_Δ|; r_l is 1 for token 1 and known only by simulation for
-        the others (see :meth:`ratios`), for which 1 / |S_Δ| stands here: their least if they begin farther out than
-        token 1. A token's blow-up constant holds if it blows up by itself, before the tokens in front of it; if
+        Where ``|x_l|`` grows like ln t the constant is ``r_l / |S_Δ|``; r_l is 1 for token 1 and known only by
+        simulation for the others (see :meth:`ratios`), for which ``1 / |S_Δ|`` stands here: their least if they begin
+        farther out than token 1. A token's blow-up constant holds if it blows up by itself, before the tokens in front of it; if
         S_Δ x_l does not allow that, infinity stands here.
         """
         self._expect_line("constants")
@@ -134,10 +133,10 @@ class Regime:
     def time_scales(self) -> np.ndarray:
         """(L,) time from which the laws hold to leading order; infinity where nothing moves.
 
-        Convergence: token 1 forgets its start after 1/(2|μ|Δ₀x²), with x the smaller of |x_1| and the size at which
-        Δ differs from Δ₀; later tokens approach their law like t^{-(1-e^{-aΔ₀})}, so e^{1/(1-e^{-aΔ₀})} times later,
-        which for the small Δ₀ of trained layers is beyond any depth. Slow divergence: the time in which token 1 alone
-        would have come from near 0. Blow-up: the bound on the time itself.
+        Convergence: token 1 forgets its start after ``1/(2|μ|Δ₀x²)``, with x the smaller of ``|x_1|`` and the size at
+        which Δ differs from Δ₀; later tokens approach their law like ``t^{-(1-e^{-aΔ₀})}``, so ``e^{1/(1-e^{-aΔ₀})}``
+        times later, which for the small Δ₀ of trained layers is beyond any depth. Slow divergence: the time in which
+        token 1 alone would have come from near 0. Blow-up: the bound on the time itself.
         """
         self._expect_line("time_scales")
         mu, s_delta, a, bias = (self._column(key) for key in ("mu", "s_delta", "a", "bias"))
@@ -205,10 +204,10 @@ class Regime:
     def attention_limit(self) -> tuple[str, np.ndarray]:
         """Where the hidden attention goes: a law in words, and the (L, L) limits that the law speaks of.
 
-        Stationary: P itself. Convergence: t P_{lj} → c_l c_j μ Δ₀ e^{-aΔ₀(l-j)} with the tokens' signs. Slow
-        divergence: t |S_Δ| x_1 P_{l1} → r_l, everything else falls faster. Blow-up: P_ll → ∞ for the token that blows
-        up and P_lq → 0 for q < l (paper 1's Theorem 4.4 has that score diverge too, which it does not); rows after
-        it are not known.
+        Stationary: P itself. Convergence: ``t P_{lj} → c_l c_j μ Δ₀ e^{-aΔ₀(l-j)}`` with the tokens' signs. Slow
+        divergence: ``t |S_Δ| x_1 P_{l1} → r_l``, everything else falls faster. Blow-up: ``P_ll → ∞`` for the token that
+        blows up and ``P_lq → 0`` for q < l (paper 1's Theorem 4.4 has that score diverge too, which it does not); rows
+        after it are not known.
         """
         self._expect_line("attention_limit")
         if self.ensemble:
