@@ -53,15 +53,20 @@ def test_ties_across_blocks(operation: Any, spec: str, ascending: bool) -> None:
     scores, x = tied_scores(), normal(BATCH, LENGTH, CHANNELS, seed=2)
     cotangent, tangent = normal(BATCH, LENGTH, CHANNELS, seed=3), normal(BATCH, LENGTH, seed=4)
     function = operation(ascending)
-    y, pull = jax.vjp(function, jnp.asarray(scores), jnp.asarray(x))
-    dscores, dx = pull(jnp.asarray(cotangent))
+
+    @jax.jit
+    def both_modes(scores: Any, x: Any) -> Any:
+        y, pull = jax.vjp(function, scores, x)
+        change = jax.jvp(lambda scores: function(scores, x), (scores,), (jnp.asarray(tangent),))[1]
+        return y, pull(jnp.asarray(cotangent)), change
+
+    y, (dscores, dx), change = both_modes(scores, x)
     options: dict[str, Any] = {"tau": 0.4, "ascending": ascending}
     np.testing.assert_allclose(y, getattr(core, spec)(scores, x, **options), rtol=1e-12, atol=1e-13)
     wanted = list(getattr(core, f"{spec}_vjp")(cotangent, scores, x, **options).values())
     np.testing.assert_allclose(dscores, wanted[0], rtol=0, atol=1e-12 * np.abs(wanted[0]).max())
     np.testing.assert_allclose(dx, wanted[1], rtol=0, atol=1e-12 * np.abs(wanted[1]).max())
     assert not np.asarray(dscores)[1].any()  # all scores equal
-    change = jax.jvp(function, (jnp.asarray(scores), jnp.asarray(x)), (jnp.asarray(tangent), jnp.zeros_like(x)))[1]
     np.testing.assert_allclose(np.vdot(cotangent, change), np.vdot(wanted[0], tangent), rtol=1e-11)
 
 
@@ -71,7 +76,7 @@ def test_second_derivatives() -> None:
     scores, x = jnp.asarray(normal(1, length, seed=5)), jnp.asarray(normal(1, length, CHANNELS, seed=6))
     direction = jnp.asarray(normal(1, length, seed=7))
     gradient = jax.jit(jax.grad(lambda s: (tokendyn.softsort(s, x, tau=0.5) ** 2).sum()))
-    curvature = jax.jvp(gradient, (scores,), (direction,))[1]
+    curvature = jax.jit(lambda s: jax.jvp(gradient, (s,), (direction,))[1])(scores)
     h = 1e-6
     quotient = (gradient(scores + h * direction) - gradient(scores - h * direction)) / (2 * h)
     np.testing.assert_allclose(curvature, quotient, rtol=0, atol=1e-7 * float(jnp.abs(quotient).max()))
@@ -137,16 +142,24 @@ def test_an_order_crosses_the_boundaries_of_transformations(method: str) -> None
     assert isinstance(order, tokendyn.Order)
     assert (order.method, order.tau, order.power, order.ascending) == (method, 0.2, 1, False)
     np.testing.assert_allclose(jax.jit(used)(order, x[0]), wanted, rtol=1e-12)
-    orders = jax.vmap(made)(scores)
-    assert orders.scores.shape == scores.shape
-    mapped = jax.jit(jax.vmap(used))(orders, x)
-    np.testing.assert_allclose(mapped[0], wanted, rtol=1e-12)
-    _, scanned = jax.lax.scan(lambda c, inputs: (c, used(*inputs)), None, (orders, x))
-    np.testing.assert_allclose(scanned, mapped, rtol=1e-12)
 
-    gradient = jax.grad(lambda order, x: used(order, x).sum(), allow_int=True)(order, x[0])
-    direct = jax.grad(lambda scores: used(made(scores), x[0]).sum())(scores[0])
-    np.testing.assert_allclose(gradient.scores, direct, rtol=1e-12, atol=1e-14)
+    @jax.jit
+    def mapped(scores: Any, x: Any) -> Any:
+        orders = jax.vmap(made)(scores)
+        return orders, jax.vmap(used)(orders, x), jax.lax.scan(lambda c, v: (c, used(*v)), None, (orders, x))[1]
+
+    orders, by_map, by_scan = mapped(scores, x)
+    assert orders.indices.shape == scores.shape
+    np.testing.assert_allclose(by_map[0], wanted, rtol=1e-12)
+    np.testing.assert_allclose(by_scan, by_map, rtol=1e-12)
+
+    @jax.jit
+    def gradients(order: Any, x: Any) -> Any:
+        through = jax.grad(lambda order: used(order, x).sum(), allow_int=True)(order)
+        return through.scores, jax.grad(lambda scores: used(made(scores), x).sum())(order.scores)
+
+    given, direct = gradients(order, x[0])
+    np.testing.assert_allclose(given, direct, rtol=1e-12, atol=1e-14)
     assert bool(direct.any()) == (method != "hard")
 
 
