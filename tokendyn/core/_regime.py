@@ -110,8 +110,8 @@ class Regime:
 
         Where ``|x_l|`` grows like ln t the constant is ``r_l / |S_Δ|``; r_l is 1 for token 1 and known only by
         simulation for the others (see :meth:`ratios`), for which ``1 / |S_Δ|`` stands here: their least if they begin
-        farther out than token 1. A token's blow-up constant holds if it blows up by itself, before the tokens in front of it; if
-        S_Δ x_l does not allow that, infinity stands here.
+        farther out than token 1. A token's blow-up constant holds if it blows up by itself, before the tokens in front
+        of it; if S_Δ x_l does not allow that, infinity stands here.
         """
         self._expect_line("constants")
         mu, s_delta, a, bias = (self._column(key) for key in ("mu", "s_delta", "a", "bias"))
