@@ -201,22 +201,20 @@ DENSE = _matrix(
 
 
 @kernel()
-def combine(y, slopes, weights, step, out):
-    """``out = y + step · Σ_j weights_j slopes_j``; slopes (16, ≥ n), y and out (n,)."""
-    n = y.shape[0]
+def combine(n, y, slopes, weights, row, step, out):
+    """``out = y + step · Σ_j weights[row, j] slopes_j`` in the first n components."""
     for i in range(n):
         out[i] = y[i]
-    for j in range(weights.shape[0]):
-        weight = step * weights[j]
+    for j in range(weights.shape[1]):
+        weight = step * weights[row, j]
         if weight != 0.0:
             for i in range(n):
                 out[i] += weight * slopes[j, i]
 
 
 @kernel()
-def dense_coefficients(y, end, slopes, step, coefficients):
+def dense_coefficients(n, y, end, slopes, step, coefficients):
     """The seven coefficients (7, ≥ n) of the polynomial between ``y`` and ``end``; all 16 slopes are there."""
-    n = y.shape[0]
     for i in range(n):
         rise = end[i] - y[i]
         coefficients[0, i] = rise
@@ -225,13 +223,13 @@ def dense_coefficients(y, end, slopes, step, coefficients):
     for row in range(4):
         for i in range(n):
             coefficients[3 + row, i] = 0.0
-        combine(coefficients[3 + row, :n], slopes, DENSE[row], step, coefficients[3 + row, :n])
+        combine(n, coefficients[3 + row], slopes, DENSE, row, step, coefficients[3 + row])
 
 
 @kernel()
-def interpolate(y, coefficients, theta, out):
+def interpolate(n, y, coefficients, theta, out):
     """The dense output at the share ``theta`` of the step, from ``y`` at its beginning."""
-    for i in range(y.shape[0]):
+    for i in range(n):
         value = 0.0
         for power in range(6, -1, -1):
             value = (value + coefficients[power, i]) * (theta if power % 2 == 0 else 1.0 - theta)

@@ -17,19 +17,19 @@ from tokendyn.core._parallel import kernel
 
 
 @kernel()
-def line_terms(x, s_delta, a, bias, source, decay):
+def line_terms(tokens, x, s_delta, a, bias, source, decay):
     """Per token ``x² Δ(x)`` and ``exp(-a Δ(x))``: what (12) is made of."""
-    for l in range(x.shape[0]):
+    for l in range(tokens):
         step = softplus(s_delta * x[l] + bias)
         source[l] = x[l] * x[l] * step
         decay[l] = exp(-a * step)
 
 
 @kernel()
-def line_states(source, decay, w):
+def line_states(tokens, source, decay, w):
     """(12): ``w_l = decay_l w_{l-1} + source_l``; ``w`` may be ``source``."""
     state = 0.0
-    for l in range(source.shape[0]):
+    for l in range(tokens):
         state = decay[l] * state + source[l]
         w[l] = state
 
@@ -37,8 +37,8 @@ def line_states(source, decay, w):
 @kernel()
 def _lines(x, mu, s_delta, a, bias, out, decay):
     for b in range(x.shape[0]):
-        line_terms(x[b], s_delta[b], a[b], bias[b], out[b], decay)
-        line_states(out[b], decay, out[b])
+        line_terms(x.shape[1], x[b], s_delta[b], a[b], bias[b], out[b], decay)
+        line_states(x.shape[1], out[b], decay, out[b])
         for l in range(x.shape[1]):
             out[b, l] *= mu[b] * x[b, l]
 

@@ -21,7 +21,7 @@ import numpy as np
 from tokendyn.core._dop853 import ERRORS, STAGES, combine, dense_coefficients, interpolate
 from tokendyn.core._flow_numba import dot
 from tokendyn.core._parallel import kernel
-from tokendyn.core._problem_numba import LINE, member, right_hand_side, work_space
+from tokendyn.core._problem_numba import logarithmic, member, right_hand_side, work_space
 
 LINEAR_CLOCK, LOG_CLOCK, BLOW_UP_CLOCK = range(3)
 
@@ -95,18 +95,40 @@ def slope(p, work, options, t_0, tokens, y, dy):
 
 
 @kernel()
-def _error(p, options, tokens, y, end, slopes, step, scratch):
+def slope_alone(p, options, t_0, tokens, y, dy):
+    """:func:`slope` for callers without work space."""
+    slope(p, work_space(p, tokens), options, t_0, tokens, y, dy)
+
+
+@kernel()
+def _largest(v, first, last):
+    """max |v_i| for first ≤ i < last; four at a time, so that no comparison waits for the one before."""
+    a = b = c = d = 0.0
+    i = first
+    while i + 3 < last:
+        a = max(a, abs(v[i]))
+        b = max(b, abs(v[i + 1]))
+        c = max(c, abs(v[i + 2]))
+        d = max(d, abs(v[i + 3]))
+        i += 4
+    while i < last:
+        a = max(a, abs(v[i]))
+        i += 1
+    return max(max(a, b), max(c, d))
+
+
+@kernel()
+def _error(p, options, tokens, y, end, slopes, step, zeros, scratch):
     """The largest error of a step in units of what is allowed; infinity if anything is not finite."""
     n = 1 + tokens * p.D
     third = fifth = 0.0
     for which in range(2):
-        for i in range(n):
-            scratch[i] = 0.0
-        combine(scratch[:n], slopes, ERRORS[which], 1.0, scratch[:n])
+        combine(n, zeros, slopes, ERRORS, which, 1.0, scratch)
+        if not _finite(scratch, zeros, n):
+            return np.inf
         worst = abs(scratch[0]) / slopes[0, 0]  # an error of t moves the tokens by as much of σ
-        if p.model == LINE:
-            for i in range(1, n):
-                worst = max(worst, abs(scratch[i]))
+        if logarithmic(p):
+            worst = max(worst, _largest(scratch, 1, n))
         else:
             for l in range(tokens):
                 norm = square = 0.0
@@ -116,8 +138,6 @@ def _error(p, options, tokens, y, end, slopes, step, scratch):
                 if norm > 0.0:
                     worst = max(worst, np.sqrt(square / norm))
         third, fifth = fifth, worst
-    if not np.isfinite(third + fifth) or not np.isfinite(end[0]):
-        return np.inf
     if fifth == 0.0:
         return 0.0
     return step * fifth * fifth / np.sqrt(fifth * fifth + 0.01 * third * third) / options.rtol
@@ -131,15 +151,14 @@ def _when(y, coefficients, time):
     theta = (time - y[0]) / coefficients[0, 0]
     for _ in range(60):
         theta = min(max(theta, low), high)
-        interpolate(y[:1], coefficients, theta, at)
+        interpolate(1, y, coefficients, theta, at)
         late = at[0] - time
         if late > 0.0:
             high = theta
         else:
             low = theta
         before = theta
-        # secant slope of the bracket's own polynomial: a finite difference is enough, the bracket keeps it safe
-        interpolate(y[:1], coefficients, theta + 1e-6, at)
+        interpolate(1, y, coefficients, theta + 1e-6, at)  # a difference serves as slope: the bracket keeps it safe
         rise = (at[0] - time - late) * 1e6
         theta = theta - late / rise if rise > 0.0 else 0.5 * (low + high)
         if not low <= theta <= high:
@@ -152,7 +171,7 @@ def _when(y, coefficients, time):
 @kernel()
 def _growth(p, tokens, y, slopes, l):
     """d ln|x_l| / dσ at the beginning of the slopes."""
-    if p.model == LINE:
+    if logarithmic(p):
         return slopes[0, 1 + l]
     first = 1 + l * p.D
     along = norm = 0.0
@@ -180,7 +199,7 @@ def _blown_up(p, tokens, y, slopes):
 @kernel()
 def _watch_stiffness(p, n, step, stage, end, slopes, counts):
     """Count steps held back by stability: the two slopes at the end of the step give the largest eigenvalue."""
-    if p.model == LINE:
+    if logarithmic(p):
         return
     force = value = 0.0
     for i in range(n):
@@ -196,12 +215,9 @@ def _watch_stiffness(p, n, step, stage, end, slopes, counts):
 
 
 @kernel()
-def _finite(v, n):
-    """Whether the first ``n`` of ``v`` are all finite."""
-    total = 0.0
-    for i in range(n):
-        total += v[i] - v[i]  # NaN for what is not finite
-    return total == 0.0
+def _finite(v, zeros, n):
+    """Whether the first ``n`` of ``v`` are all finite: 0 · ∞ and 0 · NaN are NaN."""
+    return dot(v[:n], zeros[:n]) == 0.0
 
 
 @kernel()
@@ -246,7 +262,7 @@ def _fastest(p, tokens, y, slope):
         square = norm = 0.0
         for i in range(1 + l * p.D, 1 + (l + 1) * p.D):
             square += slope[i] * slope[i]
-            norm += 1.0 if p.model == LINE else y[i] * y[i]
+            norm += 1.0 if logarithmic(p) else y[i] * y[i]
         if norm > 0.0:
             fastest = max(fastest, np.sqrt(square / norm))
     return fastest
@@ -257,7 +273,7 @@ def _start(p, work, options, state):
     """The scale t_0 of the clock, the first slope and a first step; False if the slope is not finite."""
     tokens = state.counts[0]
     n = 1 + tokens * p.D
-    y, slopes, numbers = state.y[:n], state.slopes, state.numbers
+    y, slopes, numbers = state.y, state.slopes, state.numbers
     if numbers[1] == 0.0:
         numbers[1] = 1.0  # any scale: the slopes over dt/dσ do not depend on it
         slope(p, work, options, numbers[1], tokens, y, slopes[0])
@@ -267,7 +283,7 @@ def _start(p, work, options, state):
     state.counts[3] += 1
     fastest = max(1.0 / options.t_end if options.clock == LINEAR_CLOCK else 1.0, _fastest(p, tokens, y, slopes[0]))
     numbers[0] = 0.1 / fastest
-    return _finite(slopes[0], n)
+    return _finite(slopes[0], np.zeros(n), n)
 
 
 @kernel()
@@ -286,13 +302,13 @@ def integrate(p, options, state, times, out_times, out, stop):
     length = state.ended_at.shape[0]
     work = work_space(p, length)
     size = state.y.shape[0]
-    stage, end, scratch = np.empty(size), np.empty(size), np.empty(size)
+    stage, end, scratch, zeros = np.empty(size), np.empty(size), np.empty(size), np.zeros(size)
     dense = np.empty((7, size))
     used = 0
     while True:
         tokens = counts[0]
         n = 1 + tokens * p.D
-        y, slopes = state.y[:n], state.slopes
+        y, slopes = state.y, state.slopes
         if tokens == 0:
             return ALL_ENDED
         if counts[6] >= _STIFF_STEPS:
@@ -319,11 +335,11 @@ def integrate(p, options, state, times, out_times, out, stop):
         error = np.inf
         for _ in range(_REJECTIONS):
             for s in range(1, 12):
-                combine(y, slopes, STAGES[s, :s], step, stage[:n])
-                slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
-            combine(y, slopes, STAGES[12, :12], step, end[:n])
+                combine(n, y, slopes, STAGES, s, step, stage)
+                slope(p, work, options, t_0, tokens, stage, slopes[s])
+            combine(n, y, slopes, STAGES, 12, step, end)
             counts[3] += 11
-            error = _error(p, options, tokens, y, end, slopes, step, scratch)
+            error = _error(p, options, tokens, y, end, slopes, step, zeros, scratch)
             if error <= 1.0:
                 accepted = True
                 break
@@ -335,12 +351,12 @@ def integrate(p, options, state, times, out_times, out, stop):
             return OVERFLOW if not np.isfinite(error) else TOLERANCE
         if p.sphere:
             _to_sphere(p, tokens, end)
-        slope(p, work, options, t_0, tokens, end[:n], slopes[12])
+        slope(p, work, options, t_0, tokens, end, slopes[12])
         counts[1] += 1
         counts[3] += 1
         used += 1
         _watch_stiffness(p, n, step, stage, end, slopes, counts)
-        if not _finite(slopes[12], n):
+        if not _finite(slopes[12], zeros, n):
             return OVERFLOW
 
         # outputs inside the step
@@ -350,24 +366,24 @@ def integrate(p, options, state, times, out_times, out, stop):
         asked = counts[4] < times.shape[0] and times[counts[4]] <= min(end[0], options.t_end)
         if options.points > 0 or asked or end[0] > options.t_end:
             for s in range(13, 16):
-                combine(y, slopes, STAGES[s, :s], step, stage[:n])
-                slope(p, work, options, t_0, tokens, stage[:n], slopes[s])
+                combine(n, y, slopes, STAGES, s, step, stage)
+                slope(p, work, options, t_0, tokens, stage, slopes[s])
             counts[3] += 3
-            dense_coefficients(y, end[:n], slopes, step, dense)
+            dense_coefficients(n, y, end, slopes, step, dense)
             share = _when(y, dense, options.t_end) if end[0] > options.t_end else 1.0
             for point in range(options.points):
-                interpolate(y, dense, share * (point + 1) / options.points, stage[:n])
+                interpolate(n, y, dense, share * (point + 1) / options.points, stage)
                 last = reached and point == options.points - 1
                 out_times[counts[4]] = options.t_end if last else stage[0]
                 _write(stage, n, out[counts[4]])
                 counts[4] += 1
             while counts[4] < times.shape[0] and times[counts[4]] <= min(end[0], options.t_end):
-                interpolate(y, dense, _when(y, dense, times[counts[4]]), stage[:n])
+                interpolate(n, y, dense, _when(y, dense, times[counts[4]]), stage)
                 out_times[counts[4]] = times[counts[4]]
                 _write(stage, n, out[counts[4]])
                 counts[4] += 1
             if end[0] > options.t_end:
-                interpolate(y, dense, share, end[:n])
+                interpolate(n, y, dense, share, end)
                 end[0] = options.t_end
         for i in range(n):
             y[i] = end[i]

@@ -1,14 +1,15 @@
-"""What the integrator integrates: the parameters of one trajectory or an ensemble, and its right-hand side.
+"""What the integrator integrates: the parameters of a trajectory or an ensemble, and its right-hand side.
 
-One compiled right-hand side serves all models, chosen by a number: a branch a call costs nothing beside the call, and
-the integrator is compiled once.
+One type for each model. ``right_hand_side`` and the functions beside it are overloaded on the type, so that the
+integrator is compiled anew for each model, and for each holds nothing but what that model needs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba.extending import overload
 
 from tokendyn.core._elementary_numba import exp
 from tokendyn.core._flow_numba import (
@@ -23,131 +24,192 @@ from tokendyn.core._flow_numba import (
 )
 from tokendyn.core._parallel import kernel
 
-LINE, SPACE, SOFTMAX, LINEAR, AUTOREGRESSIVE = range(5)
 
-
-class Problem(NamedTuple):
-    """Parameters of every model; those that a model lacks have no elements.
-
-    An ensemble has one more axis in front of each array, as long as the ensemble, or 1 where all members share.
+class Line(NamedTuple):
+    """One channel. In an ensemble every array of these types has one more axis in front, of its size or of 1.
 
     Attributes:
-        model: ``LINE`` and so on.
-        D: channels, 1 on the line.
-        sphere: project on the tangent space.
-        causal: of attention.
-        line: (4,) μ, S_Δ, a, bias.
-        sign: (L,) the signs of the tokens on the line, which never change; 0 for a token that is 0.
-        first, second, third: (D, N) matrices, transposed: S_B, S_C, W or Q, K, V.
-        S_delta, a, bias: as :func:`tokendyn.core._flow_numba.space` takes them.
-        phi: (p,).
+        D: channels, here 1.
+        sphere: whether tokens are projected on the tangent space.
+        parameters: (4,) μ, S_Δ, a, bias.
+        sign: (L,) the signs of the tokens, which never change; 0 for a token that is 0.
     """
 
-    model: int
     D: int
     sphere: bool
-    causal: bool
-    line: np.ndarray
+    parameters: np.ndarray
     sign: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    third: np.ndarray
+
+
+class Space(NamedTuple):
+    """The selective model in D channels; arrays as :func:`tokendyn.core._flow_numba.space` takes them."""
+
+    D: int
+    sphere: bool
+    S_B_T: np.ndarray
+    S_C_T: np.ndarray
+    W_T: np.ndarray
     S_delta: np.ndarray
     a: np.ndarray
     bias: np.ndarray
+
+
+class Attention(NamedTuple):
+    """Softmax or linear attention; matrices transposed, empty for an identity."""
+
+    D: int
+    sphere: bool
+    softmax: bool
+    causal: bool
+    Q_T: np.ndarray
+    K_T: np.ndarray
+    V_T: np.ndarray
+
+
+class Autoregression(NamedTuple):
+    """AR(p) with coefficients phi (p,)."""
+
+    D: int
+    sphere: bool
     phi: np.ndarray
 
 
-class Work(NamedTuple):
-    """Work space of a right-hand side; see :func:`work_space`."""
-
-    x: np.ndarray
-    source: np.ndarray
-    decay: np.ndarray
-    state: np.ndarray
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    keys: np.ndarray
-    values: np.ndarray
-
-
-@kernel()
-def _member(stack, i):
-    """Entry ``i`` of a stack, or its only one."""
-    return stack[i if stack.shape[0] > 1 else 0]
-
-
-@kernel()
-def member(p, i):
+def member(p: Any, i: Any) -> Any:
     """The problem of trajectory ``i`` of an ensemble."""
-    return Problem(
-        p.model,
-        p.D,
-        p.sphere,
-        p.causal,
-        _member(p.line, i),
-        _member(p.sign, i),
-        _member(p.first, i),
-        _member(p.second, i),
-        _member(p.third, i),
-        _member(p.S_delta, i),
-        _member(p.a, i),
-        _member(p.bias, i),
-        _member(p.phi, i),
-    )
+    raise NotImplementedError("for kernels only")
 
 
-@kernel()
-def work_space(p, tokens):
-    """Work space for one trajectory of ``tokens`` tokens."""
-    N = p.first.shape[-1]
-    attends = tokens if p.model == SOFTMAX else 0
-    return Work(
-        np.empty(tokens),
-        np.empty(tokens),
-        np.empty(tokens),
-        np.empty((p.D, N)),
-        np.empty(N),
-        np.empty(N),
-        np.empty(p.D),
-        np.empty((N, attends)),
-        np.empty((p.D, attends)),
-    )
+def work_space(p: Any, tokens: Any) -> Any:
+    """Work space for one trajectory of ``tokens`` tokens: a tuple of arrays."""
+    raise NotImplementedError("for kernels only")
 
 
-@kernel()
-def right_hand_side(p, work, tokens, y, dy):
+def logarithmic(p: Any) -> Any:
+    """Whether the state holds ln|x_l| instead of x_l."""
+    raise NotImplementedError("for kernels only")
+
+
+def right_hand_side(p: Any, work: Any, tokens: Any, y: Any, dy: Any) -> Any:
     """``dy/dt`` for the first ``tokens`` tokens, and a smooth bound on their rates of growth.
 
     On the line y_l = ln|x_l| (0 where x_l = 0), which moves at the rate μ w_l (12); elsewhere y is x itself, token by
     token. The bound is ``(Σ_l max(0, d ln|x_l|/dt)²)^½``, 0 for the models in which no token blows up.
     """
-    squares = 0.0
-    if p.model == LINE:
-        mu, s_delta, a, bias = p.line[0], p.line[1], p.line[2], p.line[3]
-        x, source, decay = work.x[:tokens], work.source[:tokens], work.decay[:tokens]
-        for l in range(tokens):
-            x[l] = p.sign[l] * exp(y[l])
-        line_terms(x, s_delta, a, bias, source, decay)
-        line_states(source, decay, source)
-        for l in range(tokens):
-            dy[l] = mu * source[l] * abs(p.sign[l])
-        return np.sqrt(dot(dy[:tokens], dy[:tokens])) if mu > 0.0 else 0.0
+    raise NotImplementedError("for kernels only")
+
+
+@kernel()
+def _of(stack, i):
+    """Entry ``i`` of a stack, or its only one."""
+    return stack[i if stack.shape[0] > 1 else 0]
+
+
+def _line_member(p, i):
+    return Line(p.D, p.sphere, _of(p.parameters, i), _of(p.sign, i))
+
+
+def _line_work(p, tokens):
+    return np.empty(tokens), np.empty(tokens)
+
+
+def _line_rhs(p, work, tokens, y, dy):
+    x, decay = work
+    mu = p.parameters[0]
+    for l in range(tokens):
+        x[l] = p.sign[l] * exp(y[l])
+    line_terms(tokens, x, p.parameters[1], p.parameters[2], p.parameters[3], dy, decay)
+    line_states(tokens, dy, decay, dy)
+    for l in range(tokens):
+        dy[l] *= mu * abs(p.sign[l])
+    return np.sqrt(dot(dy[:tokens], dy[:tokens])) if mu > 0.0 else 0.0
+
+
+def _space_member(p, i):
+    return Space(
+        p.D, p.sphere, _of(p.S_B_T, i), _of(p.S_C_T, i), _of(p.W_T, i), _of(p.S_delta, i), _of(p.a, i), _of(p.bias, i)
+    )
+
+
+def _space_work(p, tokens):
+    N = p.S_B_T.shape[1]
+    return np.empty((p.D, N)), np.empty(N), np.empty(N), np.empty(p.D)
+
+
+def _space_rhs(p, work, tokens, y, dy):
+    state, B, C, value = work
     x, dx = y[: tokens * p.D].reshape((tokens, p.D)), dy[: tokens * p.D].reshape((tokens, p.D))
-    if p.model == SPACE:
-        space(x, p.first, p.second, p.S_delta, p.a, p.bias, p.third, dx, work.state, work.key, work.query, work.value)
-        if not p.sphere:
-            for l in range(tokens):
-                norm = dot(x[l], x[l])
-                if norm > 0.0:
-                    squares += max(0.0, dot(x[l], dx[l]) / norm) ** 2
-    elif p.model == SOFTMAX:
-        softmax_attention(x, p.first, p.second, p.third, p.causal, dx, work.query, work.keys, work.values, work.source)
-    elif p.model == LINEAR:
-        linear_attention(x, p.first, p.second, p.third, p.causal, dx, work.query, work.key, work.value, work.state)
-    else:
-        autoregression(x, p.phi, dx)
+    space(x, p.S_B_T, p.S_C_T, p.S_delta, p.a, p.bias, p.W_T, dx, state, B, C, value)
     if p.sphere:
         tangent(x, dx)
+        return 0.0
+    squares = 0.0
+    for l in range(tokens):
+        norm = dot(x[l], x[l])
+        if norm > 0.0:
+            squares += max(0.0, dot(x[l], dx[l]) / norm) ** 2
     return np.sqrt(squares)
+
+
+def _attention_member(p, i):
+    return Attention(p.D, p.sphere, p.softmax, p.causal, _of(p.Q_T, i), _of(p.K_T, i), _of(p.V_T, i))
+
+
+def _attention_work(p, tokens):
+    N = p.Q_T.shape[1]
+    seen = tokens if p.softmax else 0
+    return (
+        np.empty(N),
+        np.empty(N),
+        np.empty(p.D),
+        np.empty((p.D, N)),
+        np.empty((N, seen)),
+        np.empty((p.D, seen)),
+        np.empty(seen),
+    )
+
+
+def _attention_rhs(p, work, tokens, y, dy):
+    query, key, value, state, keys, values, weights = work
+    x, dx = y[: tokens * p.D].reshape((tokens, p.D)), dy[: tokens * p.D].reshape((tokens, p.D))
+    if p.softmax:
+        softmax_attention(x, p.Q_T, p.K_T, p.V_T, p.causal, dx, query, keys, values, weights)
+    else:
+        linear_attention(x, p.Q_T, p.K_T, p.V_T, p.causal, dx, query, key, value, state)
+    if p.sphere:
+        tangent(x, dx)
+    return 0.0
+
+
+def _autoregression_member(p, i):
+    return Autoregression(p.D, p.sphere, _of(p.phi, i))
+
+
+def _autoregression_work(p, tokens):
+    return (np.empty(0),)
+
+
+def _autoregression_rhs(p, work, tokens, y, dy):
+    x, dx = y[: tokens * p.D].reshape((tokens, p.D)), dy[: tokens * p.D].reshape((tokens, p.D))
+    autoregression(x, p.phi, dx)
+    if p.sphere:
+        tangent(x, dx)
+    return 0.0
+
+
+_IMPLEMENTATIONS: dict[Any, tuple[Any, ...]] = {
+    Line: (_line_member, _line_work, _line_rhs, lambda p: True),
+    Space: (_space_member, _space_work, _space_rhs, lambda p: False),
+    Attention: (_attention_member, _attention_work, _attention_rhs, lambda p: False),
+    Autoregression: (_autoregression_member, _autoregression_work, _autoregression_rhs, lambda p: False),
+}
+
+
+def _enter(stub: Any, place: int) -> None:
+    def choose(p: Any, *rest: Any) -> Any:
+        return _IMPLEMENTATIONS[p.instance_class][place]
+
+    overload(stub, strict=False, jit_options={"error_model": "numpy", "fastmath": {"contract"}})(choose)
+
+
+for _place, _stub in enumerate((member, work_space, right_hand_side, logarithmic)):
+    _enter(_stub, _place)

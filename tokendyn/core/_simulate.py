@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokendyn.core import _integrate_numba as engine
-from tokendyn.core._flow_numba import compiled_channels, transposed
+from tokendyn.core._flow_numba import Compiled, compiled_channels, transposed
 from tokendyn.core._parallel import run_tiles
-from tokendyn.core._problem_numba import AUTOREGRESSIVE, LINE, LINEAR, SOFTMAX, SPACE, Problem, member
+from tokendyn.core._problem_numba import Attention, Autoregression, Line, Space
 from tokendyn.core._trajectory import Trajectory
 
 _REASONS = {
@@ -23,9 +23,9 @@ _REASONS = {
     engine.STOPPED: "interrupted",
     engine.RUNNING: "max_steps reached",
 }
-#: Numbers of axes of each parameter of one trajectory; in an ensemble one more is in front.
+#: The parameters that are matrices for one trajectory; in an ensemble one more axis is in front.
 _MATRICES = ("M", "S_B", "S_C", "W", "Q", "K", "V")
-_NO_MATRIX, _NO_VECTOR = np.empty((1, 0, 0)), np.empty((1, 0))
+Problem = Line | Space | Attention | Autoregression
 #: Outputs made room for at first where a trajectory chooses its own times.
 _ROWS = 256
 
@@ -66,7 +66,7 @@ def simulate(
     shape = x0.shape if single else x0.shape[1:]
     starts = np.empty((size or 1, *shape))
     starts[:] = x0
-    problem, clock = _problem(starts, parameters, sphere, size)
+    problem, clock = _problem(starts, parameters, sphere)
     y = np.log(np.abs(starts), where=starts != 0, out=np.zeros_like(starts)) if one_channel else starts
     y = np.concatenate([np.zeros((len(y), 1)), y.reshape(len(y), -1)], axis=1)
     run = _one if size is None else _many
@@ -108,47 +108,34 @@ def member_parameters(parameters: dict[str, Any], i: int, size: int) -> dict[str
     }
 
 
-def _problem(starts: np.ndarray, parameters: dict[str, Any], sphere: bool, size: int | None) -> tuple[Problem, int]:
+def _problem(starts: np.ndarray, parameters: dict[str, Any], sphere: bool) -> tuple[Problem, int]:
     """The problem of an ensemble (of one) and its clock."""
-    count = len(starts)
-    fields: dict[str, Any] = {
-        "model": LINE,
-        "D": 1,
-        "sphere": sphere,
-        "causal": bool(parameters.get("causal", True)),
-        "line": _NO_VECTOR,
-        "sign": _NO_VECTOR,
-        **dict.fromkeys(("first", "second", "third", "S_delta", "a"), _NO_MATRIX),
-        "bias": _NO_VECTOR,
-        "phi": _NO_VECTOR,
-    }
-    clock = engine.LINEAR_CLOCK
+    count, D = len(starts), starts.shape[-1]
     if parameters.get("mu") is not None:
-        given = (0.0 if parameters[key] is None else parameters[key] for key in ("mu", "s_delta", "a", "bias"))
-        line = np.empty((count, 4))
-        for column, value in enumerate(given):
-            line[:, column] = value
-        fields.update(line=line, sign=np.sign(starts))
-        clock = engine.BLOW_UP_CLOCK if (line[:, 0] > 0).any() else engine.LOG_CLOCK
-        return Problem(**fields), clock
-    fields["D"] = starts.shape[-1]
-    one_each = batched(parameters)
-    members = [member_parameters(parameters, i, count) for i in range(count if one_each else 1)]
+        line = np.zeros((count, 4))
+        for column, key in enumerate(("mu", "s_delta", "a", "bias")):
+            line[:, column] = parameters[key]
+        return Line(1, False, line, np.sign(starts)), engine.BLOW_UP_CLOCK if line[:, 0].max() > 0 else engine.LOG_CLOCK
+    members = [member_parameters(parameters, i, count) for i in range(count if batched(parameters) else 1)]
     if parameters.get("s_delta") is not None:
-        stacks = zip(*(_channel_arrays(fields["D"], p) for p in members), strict=True)
-        names = ("first", "second", "S_delta", "a", "bias", "third")
-        fields.update(zip(names, map(np.stack, stacks), strict=True), model=SPACE)
-        clock = engine.LINEAR_CLOCK if sphere else engine.BLOW_UP_CLOCK
-    elif parameters.get("phi") is not None:
-        fields.update(model=AUTOREGRESSIVE, phi=np.stack([np.array(p["phi"], np.float64) for p in members]))
-    else:
-        for field, name in (("first", "Q"), ("second", "K"), ("third", "V")):
-            fields[field] = np.stack([transposed(p.get(name)) for p in members])
-        fields["model"] = SOFTMAX if parameters.get("kind", "softmax") == "softmax" else LINEAR
-    return Problem(**fields), clock
+        arrays = [_channel_arrays(D, p) for p in members]
+        stacks = {name: np.stack([getattr(one, name) for one in arrays]) for name in Compiled._fields}
+        return Space(D, sphere, **stacks), engine.LINEAR_CLOCK if sphere else engine.BLOW_UP_CLOCK
+    if parameters.get("phi") is not None:
+        phi = np.stack([np.array(p["phi"], np.float64) for p in members])
+        return Autoregression(D, sphere, phi), engine.LINEAR_CLOCK
+    matrices = (np.stack([transposed(p.get(name)) for p in members]) for name in ("Q", "K", "V"))
+    softmax, causal = parameters.get("kind", "softmax") == "softmax", bool(parameters.get("causal", True))
+    return Attention(D, sphere, softmax, causal, *matrices), engine.LINEAR_CLOCK
 
 
-def _channel_arrays(D: int, p: dict[str, Any]) -> Any:
+def _one_of(problem: Any, i: int) -> Any:
+    """The problem of trajectory ``i`` of an ensemble."""
+    entries = (field[i if len(field) > 1 else 0] if isinstance(field, np.ndarray) else field for field in problem)
+    return type(problem)(*entries)
+
+
+def _channel_arrays(D: int, p: dict[str, Any]) -> Compiled:
     return compiled_channels(D, p["M"], p["S_B"], p["S_C"], p["s_delta"], p["a"], p["bias"], p.get("W"))
 
 
@@ -161,7 +148,6 @@ def _one(
 ) -> Trajectory:
     """One trajectory, in slices, so that Ctrl-C is heard."""
     length, n = starts.shape[1], y.shape[1]
-    problem = Problem(*problem[:4], *(field[0] for field in problem[4:]))
     state = engine.State(
         y[0], np.zeros((16, n)), np.zeros(2), _counts(1, length)[0], np.full(length, np.inf), np.full(length, -1)
     )
@@ -172,7 +158,7 @@ def _one(
     budget = min(asked.max_steps, max(10, 200_000 // (n + 100)))
     options = engine.Options(asked.clock, asked.rtol, asked.t_end, points, budget)
     try:
-        reason = _drive(problem, options, state, output, asked)
+        reason = _drive(_one_of(problem, 0), options, state, output, asked)
     except KeyboardInterrupt:
         reason = engine.STOPPED
     made = int(state.counts[4])
@@ -227,7 +213,7 @@ class _Output:
             counts[4] += 1
 
 
-def _drive(problem: Problem, options: engine.Options, state: engine.State, output: _Output, asked: Asked) -> int:
+def _drive(problem: Any, options: engine.Options, state: engine.State, output: _Output, asked: Asked) -> int:
     """Integrate one trajectory to its end: the explicit method, and where it turns stiff the implicit one."""
     stop = np.zeros(1, np.int64)
     while True:
@@ -282,7 +268,7 @@ def _many(
         for i in np.flatnonzero(reasons == engine.STIFF) if asked.implicit else ():
             one = engine.State(state.y[i], np.zeros((16, n)), *(field[i] for field in state[2:]))
             output = _Output(times, 0, out_times[i], out[i])
-            reasons[i] = _drive(member(problem, i), options._replace(budget=1000), one, output, asked)
+            reasons[i] = _drive(_one_of(problem, int(i)), options._replace(budget=1000), one, output, asked)
     except KeyboardInterrupt:
         reasons[reasons == engine.STIFF] = engine.STOPPED
         done = int((reasons != engine.STOPPED).sum())

@@ -15,7 +15,6 @@ from scipy.integrate import Radau
 from scipy.optimize import brentq
 
 from tokendyn.core import _integrate_numba as engine
-from tokendyn.core._problem_numba import Problem, work_space
 
 #: A component is held to rtol of itself, or of this share of its token's norm if that is more.
 _FLOOR = 1e-3
@@ -31,7 +30,7 @@ def when(at: Callable[[float], np.ndarray], time: float) -> float:
 
 
 def carry_on(
-    problem: Problem,
+    problem: Any,
     options: engine.Options,
     state: engine.State,
     write: Callable[[Callable[[float], np.ndarray], float], None],
@@ -49,12 +48,11 @@ def carry_on(
     counts = state.counts
     tokens, t_0 = int(counts[0]), state.numbers[1]
     n = 1 + tokens * problem.D
-    work = work_space(problem, len(state.ended_at))
 
     def slope(_: float, y: np.ndarray) -> np.ndarray:
         counts[3] += 1
         out = np.empty(n)
-        engine.slope(problem, work, options, t_0, tokens, np.ascontiguousarray(y), out)
+        engine.slope_alone(problem, options, t_0, tokens, np.ascontiguousarray(y), out)
         return out
 
     def floors(y: np.ndarray) -> np.ndarray:
