@@ -145,7 +145,7 @@ def sphere_flow(
         D_{lj} = diag_d( Δ_d(x_j) exp(-a_d Σ_{k=j+1..l} Δ_d(x_k)) )
 
     With ``s_delta`` (D,) and one a, Δ is shared by all channels; with (D, D) each channel has its own, as in a
-    selective SSM. W is a value matrix, the identity by default. |x_l| = 1 is preserved, not enforced.
+    selective SSM. W is a value matrix, the identity by default. ``|x_l| = 1`` is preserved, not enforced.
 
     Args:
         x: (L, D) or (b, L, D) tokens of unit norm, float32 or float64.
