@@ -19,7 +19,7 @@ CONSTRUCTORS: dict[str, tuple[str, ...]] = {
     "mambavision_t": ("torch",),
 }
 
-OrderMethod = Literal["softsort", "hard", "straight_through", "random", "reversed"]
+OrderMethod = Literal["softsort", "hard", "straight_through", "random", "reversed", "mean"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class OrderConfig:
     Attributes:
         method: ``"softsort"``, ``"hard"``, ``"straight_through"``: by the importance score (14), see
             :func:`tokendyn.token_order`. ``"random"``: a fresh permutation of every sequence in every training
-            step, no reordering in evaluation. ``"reversed"``: last token first.
+            step, no reordering in evaluation. ``"reversed"``: last token first. ``"mean"``: every token replaced by
+            the mean of its sequence, the limit of SoftSort for a large ``tau``: a control, for it knows no order.
         tau, power: temperature and exponent of SoftSort. At ``tau=1`` and the scores of a freshly made layer
             SoftSort averages nearly all tokens instead of sorting them; look at it with ``record_orders``, and use
             ``normalize``, a smaller ``tau`` or another method to get an order.

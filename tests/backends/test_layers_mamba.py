@@ -144,7 +144,7 @@ def test_is_deterministic() -> None:
 
 # Dynamo itself makes an instance of every autograd.Function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("order", [None, "softsort", "hard", "straight_through", "random", "reversed"])
+@pytest.mark.parametrize("order", [None, "softsort", "hard", "straight_through", "random", "reversed", "mean"])
 def test_compiles_into_one_graph(order: str | None) -> None:
     torch._dynamo.reset()
     block = randomize(tt.Mamba(4, 2, order=order), seed=4)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
@@ -18,19 +19,20 @@ from tokendyn.errors import OptionError
 from tokendyn.experiments import _cli
 from tokendyn.experiments._config import TrainConfig, differences
 from tokendyn.experiments.imagenet.__main__ import main
-from tokendyn.experiments.imagenet._arms import ARMS, describe_order, resolve_arm
+from tokendyn.experiments.imagenet._arms import ARMS, Arm, describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import PRESETS, ImageNetConfig
 
 # The flags that users have. To remove or rename one breaks their scripts: say so in the change log.
 FLAG_LIST = """
 --arms --seeds
 --data-dir --image-size --crop-padding --flip --no-flip --cache-mb --max-megapixels
---skip-corrupt --no-skip-corrupt
+--skip-corrupt --no-skip-corrupt --crop-area --on-device --no-on-device --mechanism --no-mechanism
 --model --drop-path --label-smoothing --parity
 --epochs --steps --batch-size --learning-rate --final-learning-rate --warmup --weight-decay --beta1 --beta2
 --clip-norm --ema-decay --log-every --evaluate-every --checkpoint-every --keep-checkpoints
---device --threads --precision --compile --no-compile --deterministic --no-deterministic
---out --resume --jobs --workers --print-config
+--device --threads --precision --compile --no-compile --channels-last --no-channels-last
+--deterministic --no-deterministic
+--out --resume --jobs --workers --max-minutes --print-config
 """
 FLAGS = FLAG_LIST.split()
 
@@ -119,6 +121,10 @@ def test_flags_change_what_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
         (["--arms", "sorted:tau=hot"], "'hot' in 'sorted:tau=hot' is no number"),
         (["--arms", "sorted:restore=perhaps"], "'perhaps' in 'sorted:restore=perhaps' is no true or false"),
         (["--arms", "sorted:tau=0"], "tau is 0.0"),
+        (["--arms", "sorted:final_tau=0"], "final_tau is 0.0, expected a number above 0"),
+        (["--arms", "reversed:final_tau=1"], "final_tau is 1.0 for reversed, restored, which has no temperature"),
+        (["--crop-area", "2"], "--crop-area is 2.0, expected 0.01 to 1"),
+        (["--on-device", "--cache-mb", "0", "--data-dir", "TREE"], "--data-dir TREE is no folder"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu, cuda"),
         (["cifar10"], "the preset cifar10 needs images; give --data-dir FOLDER"),
         (["--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
@@ -174,10 +180,15 @@ def test_help_needs_no_framework() -> None:
 
 
 def test_arms() -> None:
-    assert resolve_arm("baseline") is None
-    assert resolve_arm("published") == OrderConfig.published()
-    assert resolve_arm("published:restore=true,tau=0.5") == OrderConfig("softsort", tau=0.5)
-    assert resolve_arm("sorted:method=hard") == dataclasses.replace(ARMS["sorted"], method="hard")
+    assert resolve_arm("baseline") == Arm(None)
+    assert resolve_arm("published") == Arm(OrderConfig.published())
+    assert resolve_arm("published:restore=true,tau=0.5") == Arm(OrderConfig("softsort", tau=0.5))
+    assert resolve_arm("sorted:method=hard").order == dataclasses.replace(ARMS["sorted"].order, method="hard")
+    annealed = resolve_arm("annealed:tau=4,final_tau=0.04")
+    np.testing.assert_allclose([annealed.tau(p) for p in (0, 0.5, 1)], [4, 0.4, 0.04], rtol=1e-12)
+    assert annealed.to_json() == {**dataclasses.asdict(annealed.order), "final_tau": 0.04}
+    assert resolve_arm("sorted").tau(0.7) == 0.02
+    assert describe_order(annealed) == "SoftSort, τ = 4 to 0.04, unit scores, restored"
     assert describe_order(resolve_arm("published")) == "SoftSort, τ = 1, not restored"
     assert describe_order(resolve_arm("reversed")) == "reversed, restored"
 

@@ -19,7 +19,8 @@ from tokendyn import token_order
 from tokendyn.experiments import _cli
 from tokendyn.experiments._records import read_records
 from tokendyn.experiments.imagenet.__main__ import main
-from tokendyn.experiments.imagenet._figure import expected_places, mosaic
+from tokendyn.experiments.imagenet._measures import expected_places
+from tokendyn.experiments.imagenet._task import mosaic
 
 SETTINGS = "--steps 2 --batch-size 4 --log-every 1 --evaluate-every 1 --checkpoint-every 1 --threads 1 --jobs 1"
 FAST = SETTINGS.split()
@@ -183,5 +184,5 @@ def test_windows_are_laid_out_row_by_row() -> None:
     from tokendyn.backends.torch.models._mambavision_blocks import to_windows
 
     image = torch.arange(2 * 36.0).reshape(2, 1, 6, 6)
-    windows = to_windows(image, 3).squeeze(-1).numpy()
-    np.testing.assert_array_equal(mosaic(windows, 2), image[:, 0].numpy())
+    windows = to_windows(image, 3).squeeze(-1)
+    assert torch.equal(mosaic(windows, 2), image[:, 0])

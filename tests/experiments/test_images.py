@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.experiments.trees import write_image, write_tree
 from tokendyn.errors import DataError
-from tokendyn.experiments.imagenet._batches import crop, epoch_augmentation, epoch_order, training_batch
+from tokendyn.experiments.imagenet._batches import (
+    Augmentation,
+    crop,
+    epoch_augmentation,
+    epoch_order,
+    epoch_zoom,
+    plan_batch,
+    readable_batch,
+)
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder, read_image
 
 LIMIT = 10**6
@@ -168,8 +177,9 @@ def test_an_unreadable_image_is_replaced_and_named(tmp_path: Path, cache_mb: int
     write_tree(tmp_path)
     truncate(tmp_path)
     images = load(tmp_path, cache_mb=cache_mb, skip_corrupt=True).train
-    whole = {"batch_size": 16, "seed": 0, "padding": 0, "flip": False}
-    pixels, labels, skipped = training_batch(images, 0, **whole)
+    planned, _ = plan_batch(images, 0, batch_size=16, seed=0, augmentation=Augmentation(0, flip=False))
+    pixels, taken, skipped = readable_batch(images, planned)
+    labels = images.labels[taken]
     assert list(skipped) == [str(tmp_path / "train" / "class1" / "004.png")]
     assert "cannot be decoded" in next(iter(skipped.values()))
     order = epoch_order(16, 0, 0)
@@ -184,7 +194,7 @@ def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
     for file in images.files:
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match="none of the 16 training images can be read"):
-        training_batch(images, 0, batch_size=4, seed=0, padding=0, flip=False)
+        readable_batch(images, np.arange(4))
     with pytest.raises(DataError, match="none of the 16 images"):
         load(tmp_path, skip_corrupt=True)
 
@@ -203,10 +213,10 @@ def test_an_epoch_shows_every_image_once() -> None:
     images = load_digits(8).train
     shown = []
     for step in range(14):
-        pixels, labels, _ = training_batch(images, step, batch_size=100, seed=1, padding=0, flip=False)
-        indices = epoch_order(1437, 1, 0)[100 * step : 100 * step + 100]
-        np.testing.assert_array_equal(pixels, images.read(indices)[0])
-        np.testing.assert_array_equal(labels, images.labels[indices])
+        indices, crops = plan_batch(images, step, batch_size=100, seed=1, augmentation=Augmentation(2, flip=True))
+        np.testing.assert_array_equal(indices, epoch_order(1437, 1, 0)[100 * step : 100 * step + 100])
+        np.testing.assert_array_equal(crops, epoch_augmentation(1437, 1, 0, 2)[indices])
+        np.testing.assert_array_equal(readable_batch(images, indices)[0], images.read(indices)[0])
         shown += indices.tolist()
     assert len(set(shown)) == 1400
     assert (epoch_order(1437, 1, 1) != epoch_order(1437, 1, 0)).any()
@@ -215,8 +225,8 @@ def test_an_epoch_shows_every_image_once() -> None:
 
 def test_a_crop_is_a_shift_and_a_mirror() -> None:
     pixels = np.random.default_rng(0).integers(1, 256, (3, 6, 6, 3), dtype=np.uint8)
-    where = np.array([2, 0, 3]), np.array([2, 1, 4]), np.array([0, 0, 1])
-    out = crop(pixels, 2, *where)
+    where = torch.tensor([[2, 2, 0], [0, 1, 0], [3, 4, 1]])
+    out = crop(torch.from_numpy(pixels), where, 2).numpy()
     np.testing.assert_array_equal(out[0], pixels[0])
     np.testing.assert_array_equal(out[1][2:, 1:], pixels[1][:4, :5])
     assert (out[1][:2] == 0).all()
@@ -230,3 +240,26 @@ def test_crops_are_uniform_and_half_are_mirrored() -> None:
     assert table.max(axis=0).tolist() == [4, 4, 1]
     np.testing.assert_allclose(table.mean(axis=0), [2, 2, 0.5], atol=0.04)
     assert abs(np.corrcoef(table.T) - np.eye(3)).max() < 0.03
+
+
+def test_a_zoomed_crop_is_the_part_asked_for() -> None:
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
+    whole, mirrored, part = [0, 0, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0.5, 0.25, 0.5, 0.5]
+    out = crop(pixels, torch.tensor([whole, mirrored, part]), 0)
+    torch.testing.assert_close(out[0], pixels[0].float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(out[1], pixels[1].flip(1).float(), rtol=0, atol=1e-3)
+    square = pixels[2, 4:, 2:6].permute(2, 0, 1)[None].float()
+    enlarged = torch.nn.functional.interpolate(square, size=8, mode="bilinear")[0].permute(1, 2, 0)
+    # One pixel inside: at the edge the part borders on more image, the square on nothing.
+    torch.testing.assert_close(out[2][1:-1, 1:-1], enlarged[1:-1, 1:-1], rtol=0, atol=1e-3)
+
+
+def test_zoomed_crops_lie_inside_the_image() -> None:
+    table = epoch_zoom(20_000, 0, 0, 0.35)
+    top, left, height, width = table.T
+    assert table.min() >= 0
+    assert (top + height).max() <= 1 + 1e-6
+    assert (left + width).max() <= 1 + 1e-6
+    assert 0.34 < (height * width).min() < 0.36
+    assert 1.3 < (width / height).max() < 4 / 3 + 1e-5
+    assert (epoch_zoom(20, 0, 1, 0.35) != epoch_zoom(20, 0, 0, 0.35)).any()

@@ -24,7 +24,7 @@ C = TypeVar("C")
 # Exit codes, besides 0 (finished) and Python's own 1 (an error of ours, with its traceback).
 MISTAKE = 2  # the command, the data or the folder cannot be used as given
 NON_FINITE = 3  # the loss or the gradient became NaN or infinite
-SIGNALLED = 128  # plus the signal's number, the shell's convention: 130 for Ctrl-C, 143 for SIGTERM
+SIGNALLED = 128  # plus the number: 130 for Ctrl-C, 143 for SIGTERM, 142 for --max-minutes
 
 REQUIRED = {
     "torch": "torch",

@@ -70,6 +70,8 @@ class ComputeConfig:
     """Of matrix products and activations (autocast); weights and optimiser stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep images with channels last in memory: faster convolutions on GPUs."""
     deterministic: bool = True
     """Allow only algorithms that give the same bits every time, where torch has them."""
 
@@ -89,12 +91,14 @@ class RunConfig:
     """Runs trained at the same time, each in a process of its own."""
     workers: int = 0
     """Processes that prepare the batches of a run; 0 does it where it is trained."""
+    max_minutes: float | None = None
+    """Save and stop after so many minutes, with exit code 142; --resume auto goes on."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration as JSON and stop."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "jobs")
-        expect_at_least(self, 0, "workers")
+        expect_at_least(self, 0, "workers", "max_minutes")
 
 
 def expect_at_least(config: Any, smallest: float, *names: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Protocol
@@ -17,12 +18,31 @@ class StopRequest(Protocol):
     def received(self) -> int | None: ...
 
 
-class StopSignals:
-    """While the block runs, the first SIGTERM or SIGINT is only noted; a second one interrupts at once."""
+TIME_IS_UP = 14  # SIGALRM's number where there is one
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+
+def name_of(number: int) -> str:
+    """A reason to stop, in words."""
+    return "--max-minutes" if number == TIME_IS_UP else signal.Signals(number).name
+
+
+class StopSignals:
+    """While the block runs, the first SIGTERM or SIGINT is only noted; a second one interrupts at once.
+
+    Args:
+        minutes: ask to stop after so many, as :data:`TIME_IS_UP`; None for never.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._noted: int | None = None
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._before: dict[int, signal._HANDLER] = {}
+
+    @property
+    def received(self) -> int | None:
+        if self._noted is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            return TIME_IS_UP
+        return self._noted
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -35,9 +55,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self._noted is not None:
             raise KeyboardInterrupt
-        self.received = number
+        self._noted = number
 
 
 @contextlib.contextmanager

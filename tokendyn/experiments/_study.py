@@ -5,7 +5,6 @@ Several processes may work on one folder with ``--resume auto``: each takes the 
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tokendyn.experiments._config import ComputeConfig, TrainConfig
 from tokendyn.experiments._jobs import run_jobs
 from tokendyn.experiments._progress import Listener, Progress
 from tokendyn.experiments._run_folder import RunRecord, hold, read_run, run_folder
-from tokendyn.experiments._signals import StopRequest, StopSignals
+from tokendyn.experiments._signals import TIME_IS_UP, StopRequest, StopSignals, name_of
 from tokendyn.experiments._trainer import Task, Trainer, numerics, total_steps
 
 
@@ -40,8 +39,8 @@ class Study:
     compute: ComputeConfig
     workers: int = 0
 
-    def run(self, jobs: int) -> list[RunRecord] | None:
-        """Train all runs, ``jobs`` at a time, each from where it stands.
+    def run(self, jobs: int, minutes: float | None = None) -> list[RunRecord] | None:
+        """Train all runs, ``jobs`` at a time, each from where it stands; stop after ``minutes`` if given.
 
         Returns:
             The finished runs, arm by arm; or None if other processes still work on some of them.
@@ -54,16 +53,16 @@ class Study:
         unfinished = [pair for pair in pairs if not (run_folder(self.folder, *pair) / "result.json").is_file()]
         progress = Progress(sum(total_steps(self.make_task(*pair), self.train) for pair in unfinished))
         try:
-            with StopSignals() as signals:
+            with StopSignals(minutes) as signals:
                 if min(jobs, len(unfinished)) > 1:
                     ours = run_jobs(self.run_one, unfinished, min(jobs, len(unfinished)), progress, signals)
                 else:
                     ours = [self.run_one(*pair, progress, signals) for pair in unfinished]
-                if signals.received is not None:
+                if signals.received not in (None, TIME_IS_UP):  # with all runs finished the report takes seconds
                     raise Stopped(signals.received, "all runs are finished")
         except Stopped as stopped:
-            name = signal.Signals(stopped.number).name
-            raise Stopped(stopped.number, f"stopped by {name}: {stopped}; continue with --resume auto") from None
+            reason = name_of(stopped.number)
+            raise Stopped(stopped.number, f"stopped by {reason}: {stopped}; continue with --resume auto") from None
         finally:
             progress.close()
         if not all(ours):

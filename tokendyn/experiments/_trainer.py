@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -28,11 +29,13 @@ from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
-from tokendyn.experiments._files import remove_unfinished, write_json
+from tokendyn.experiments._files import remove_unfinished, write_json, write_with
 from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tokendyn.experiments._progress import Listener
 from tokendyn.experiments._records import Records
 from tokendyn.experiments._signals import StopRequest, leave_signals_to_parent
+
+KEEPSAKES = "keepsakes.safetensors"
 
 
 @dataclass
@@ -64,6 +67,24 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
         """Held-out measures of the model (in evaluation mode, without gradients), ``loss`` among them, and
         the examples that could not be read (name -> why)."""
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A task that changes its model as the training goes on."""
+
+    def set_progress(self, model: nn.Module, progress: float) -> None:
+        """Make ``model`` what it must be when a part ``progress`` (0 to 1) of all steps is made."""
+        ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A task that leaves tensors for the report, so that it needs no checkpoints."""
+
+    def keepsakes(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """What is written to ``keepsakes.safetensors`` at the end; called like ``evaluate``."""
         ...
 
 
@@ -147,7 +168,8 @@ class Trainer:
         self._sums: dict[str, float] = {}
         self._summed = 0
 
-        self.model = _build(task, seed, initialise_like).to(self.device)
+        layout = torch.channels_last if compute.channels_last else torch.preserve_format
+        self.model = _build(task, seed, initialise_like).to(self.device, memory_format=layout)
         _random.seed_everything(seed)
         self.optimizer = make_optimizer(self.model, train)
         self.average: AveragedModel | None = None
@@ -214,6 +236,7 @@ class Trainer:
                 began += time.perf_counter() - saving
             if stopping is not None and not last:
                 raise Stopped(stopping, f"{self.name} stopped after step {self.step} of {self.total}; it is saved")
+        self._keep()
         result = {
             "name": self.name,
             "seed": self.seed,
@@ -241,6 +264,7 @@ class Trainer:
         rate = learning_rate(self.step, self.total, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self._set_progress(self.model)
         self.model.train()
         tensors = {key: value.to(self.device, non_blocking=True) for key, value in batch.tensors.items()}
         with self._autocast(), self._named():
@@ -257,6 +281,17 @@ class Trainer:
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._summed += 1
+
+    def _set_progress(self, model: nn.Module) -> None:
+        if isinstance(self.task, Scheduled):
+            self.task.set_progress(model, self.step / self.total)
+
+    def _keep(self) -> None:
+        if not isinstance(self.task, Keeping):
+            return
+        with self._evaluating() as model:
+            kept = self.task.keepsakes(model, self.device)
+        write_with(self.folder / KEEPSAKES, lambda place: save_file(kept, place))
 
     def _memory(self) -> dict[str, int]:
         if self.device.type != "cuda":
@@ -299,12 +334,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        model = self.evaluated_model
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), self._autocast(), self._named():
+        with self._evaluating() as model:
             self._held_out, skipped = self.task.evaluate(model, self.device)
-        model.train(was_training)
         self._note_skipped(skipped)
         if not math.isfinite(self._held_out["loss"]):
             raise NonFiniteError(
@@ -314,6 +345,17 @@ class Trainer:
         self.metrics.append({"step": self.step, "split": "held_out", **self._held_out})
         measures = self._held_out
         self.progress.evaluated(self.name, self.step, self.total, measures["loss"], measures.get("accuracy"))
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[nn.Module]:
+        """The model that is evaluated, as an evaluation wants it."""
+        model = self.evaluated_model
+        self._set_progress(model)
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self._autocast(), self._named():
+            yield model
+        model.train(was_training)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bfloat16")
@@ -377,6 +419,8 @@ def load_trained(task: Task, folder: Path) -> nn.Module:
         inner = checkpoint.tensors["average"].items()
         weights = {name.removeprefix("module."): value for name, value in inner if name.startswith("module.")}
     _load_weights(model, weights)
+    if isinstance(task, Scheduled):
+        task.set_progress(model, 1.0)
     return model.eval()
 
 

@@ -8,30 +8,72 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from dataclasses import dataclass
+from typing import Any
 
 from tokendyn._layers import OrderConfig
 from tokendyn.errors import OptionError
 
-ARMS: dict[str, OrderConfig | None] = {
+
+@dataclass(frozen=True)
+class Arm:
+    """An order, or None for the tokens as they come, and how its temperature moves in training.
+
+    Attributes:
+        order: the order at the start of the training.
+        final_tau: temperature at the end, reached geometrically; None keeps ``order.tau``.
+    """
+
+    order: OrderConfig | None
+    final_tau: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.final_tau is None:
+            return
+        if self.order is None or self.order.method not in ("softsort", "straight_through"):
+            raise OptionError(f"final_tau is {self.final_tau} for {describe_order(self)}, which has no temperature")
+        if not 0 < self.final_tau < float("inf"):
+            raise OptionError(f"final_tau is {self.final_tau}, expected a number above 0")
+
+    def tau(self, progress: float) -> float:
+        """Temperature when a part ``progress`` (0 to 1) of the training is over."""
+        assert self.order is not None
+        start = self.order.tau
+        return start if self.final_tau is None else start * (self.final_tau / start) ** progress
+
+    def to_json(self) -> dict[str, Any] | None:
+        """All settings, for ``config.json``."""
+        if self.order is None:
+            return None
+        settings = dataclasses.asdict(self.order)
+        return settings if self.final_tau is None else settings | {"final_tau": self.final_tau}
+
+
+ARMS: dict[str, Arm] = {
     # Tokens as they come, row by row.
-    "baseline": None,
+    "baseline": Arm(None),
     # Scores of unit deviation, a temperature that sorts, the order undone after the scan.
-    "sorted": OrderConfig("softsort", tau=0.02, normalize=True),
+    "sorted": Arm(OrderConfig("softsort", tau=0.02, normalize=True)),
+    # The same from a temperature that averages, so that gradients reach all scores, to one that sorts.
+    "annealed": Arm(OrderConfig("softsort", tau=1.0, normalize=True), final_tau=0.02),
     # Paper 1's public code: temperature 1 on raw scores, the order not undone.
-    "published": OrderConfig.published(),
+    "published": Arm(OrderConfig.published()),
     # The same, undone.
-    "published_restored": OrderConfig("softsort", tau=1.0),
+    "published_restored": Arm(OrderConfig("softsort", tau=1.0)),
     # A permutation, its gradient that of SoftSort.
-    "straight_through": OrderConfig("straight_through", tau=0.1, normalize=True),
+    "straight_through": Arm(OrderConfig("straight_through", tau=0.1, normalize=True)),
     # Paper 2: a fresh permutation in every training step.
-    "random": OrderConfig("random"),
+    "random": Arm(OrderConfig("random")),
+    # Control: every token that enters the scan is the mean of its window, and nothing is undone. Where the
+    # published order averages all tokens this is what is left of it.
+    "mean": Arm(OrderConfig("mean", restore=False)),
     # Control: last token first.
-    "reversed": OrderConfig("reversed"),
+    "reversed": Arm(OrderConfig("reversed")),
 }
 
 
-def resolve_arm(text: str) -> OrderConfig | None:
-    """The order that an arm stands for.
+def resolve_arm(text: str) -> Arm:
+    """The arm that a name, perhaps with changes, stands for.
 
     Raises:
         OptionError: an unknown name or field, or a value that the field does not take.
@@ -41,36 +83,42 @@ def resolve_arm(text: str) -> OrderConfig | None:
         close = difflib.get_close_matches(name, ARMS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise OptionError(f"--arms: unknown arm {name!r}{hint}; the arms are {', '.join(ARMS)}")
-    order = ARMS[name]
+    arm = ARMS[name]
     if not changes:
-        return order
-    if order is None:
+        return arm
+    if arm.order is None:
         raise OptionError(f"--arms: {text!r} changes {name}, which orders nothing; change another arm")
+    known = {field.name: getattr(arm.order, field.name) for field in dataclasses.fields(arm.order)}
+    known["final_tau"] = arm.order.tau if arm.final_tau is None else arm.final_tau
     given = {}
     for change in changes.split(","):
         key, equals, value = change.partition("=")
-        known = {field.name: getattr(order, field.name) for field in dataclasses.fields(order)}
         if key not in known or not equals:
             raise OptionError(
                 f"--arms: {change!r} in {text!r} is no change; expected FIELD=VALUE of {', '.join(known)}"
             )
         given[key] = _as_type_of(known[key], value, text)
-    return dataclasses.replace(order, **given)
+    final_tau = given.pop("final_tau", arm.final_tau)
+    return Arm(dataclasses.replace(arm.order, **given), final_tau)
 
 
-def describe_order(order: OrderConfig | None) -> str:
-    """An order in a few words, for a table."""
+def describe_order(arm: Arm) -> str:
+    """An arm in a few words, for a table."""
+    order = arm.order
     if order is None:
         return "no order"
-    words = {"softsort": "SoftSort", "straight_through": "straight-through"}.get(order.method, order.method)
+    words = {"softsort": "SoftSort", "straight_through": "straight-through", "mean": "mean token"}.get(
+        order.method, order.method
+    )
     if order.method in ("softsort", "straight_through"):
         words += f", τ = {order.tau:g}"
+        words += "" if arm.final_tau is None else f" to {arm.final_tau:g}"
     if order.normalize:
         words += ", unit scores"
     return words + (", restored" if order.restore else ", not restored")
 
 
-def _as_type_of(example: object, value: str, text: str) -> object:
+def _as_type_of(example: object, value: str, text: str) -> Any:
     if isinstance(example, bool):
         if value.lower() in ("true", "false"):
             return value.lower() == "true"

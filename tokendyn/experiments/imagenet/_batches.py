@@ -1,15 +1,40 @@
-"""Training batches of images as a function of the step: order, crops and mirrors follow from seed and epoch."""
+"""Training batches of images as a function of the step: order, crops and mirrors follow from seed and epoch.
+
+A batch is planned first (which images, which part of each) and cut out afterwards, by the same code on the CPU and on
+a device that holds all images.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tokendyn.errors import DataError
 from tokendyn.experiments.imagenet._images import ImageSet
 
-_ORDER, _AUGMENTATION = 0, 1  # streams of random numbers that must not meet
+_ORDER, _AUGMENTATION, _ZOOM = 0, 1, 2  # streams of random numbers that must not meet
+ASPECT = 4 / 3  # largest ratio of the sides of a zoomed crop, both ways
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training image.
+
+    Attributes:
+        padding: a crop of full size may lie so many pixels off the image, padded with black.
+        flip: mirror half of the images.
+        smallest_area: below 1, crops are instead of a share of the area between this and 1 and of sides up to
+            :data:`ASPECT` apart, enlarged to full size.
+    """
+
+    padding: int
+    flip: bool
+    smallest_area: float = 1.0
 
 
 @functools.lru_cache(maxsize=2)
@@ -25,23 +50,49 @@ def epoch_augmentation(count: int, seed: int, epoch: int, padding: int) -> np.nd
     return generator.integers([2 * padding + 1, 2 * padding + 1, 2], size=(count, 3))
 
 
-def training_batch(
-    images: ImageSet, step: int, *, batch_size: int, seed: int, padding: int, flip: bool
-) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """The batch of one step: ``batch_size`` of ``images``, each padded, cropped at random and maybe mirrored.
+@functools.lru_cache(maxsize=2)
+def epoch_zoom(count: int, seed: int, epoch: int, smallest_area: float) -> np.ndarray:
+    """(count, 4) of every example: top, left, height and width of its crop as shares of the image, float32."""
+    area, aspect, top, left = np.random.default_rng([seed, _ZOOM, epoch]).random((4, count))
+    area = smallest_area + (1 - smallest_area) * area
+    ratio = ASPECT ** (2 * aspect - 1)
+    height, width = np.minimum(1, np.sqrt(area / ratio)), np.minimum(1, np.sqrt(area * ratio))
+    return np.stack([top * (1 - height), left * (1 - width), height, width], axis=1).astype(np.float32)
 
-    Every epoch runs through the images in an order of its own and leaves out the last incomplete batch. An
-    image that cannot be read is replaced by the next readable one in the order of the files, so batches keep
-    their size.
+
+def plan_batch(
+    images: ImageSet, step: int, *, batch_size: int, seed: int, augmentation: Augmentation
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which images a step sees, and which part of each.
+
+    Every epoch runs through the images in an order of its own and leaves out the last incomplete batch.
 
     Returns:
-        (pixels (b, size, size, 3) uint8, labels (b,) int64, name -> why for each image that was replaced)
+        (indices (b,), crops (b, 3): see :func:`epoch_augmentation`; or (b, 5): mirrored, then :func:`epoch_zoom`)
+    """
+    epoch, place = divmod(step, len(images) // batch_size)
+    indices = epoch_order(len(images), seed, epoch)[place * batch_size : (place + 1) * batch_size].copy()
+    crops = epoch_augmentation(len(images), seed, epoch, augmentation.padding)[indices]
+    if augmentation.smallest_area < 1:
+        zoom = epoch_zoom(len(images), seed, epoch, augmentation.smallest_area)[indices]
+        crops = np.concatenate([crops[:, 2:].astype(np.float32), zoom], axis=1)
+    if not augmentation.flip:
+        crops = crops.copy()
+        crops[:, 0 if crops.shape[1] == 5 else 2] = 0
+    return indices, crops
+
+
+def readable_batch(images: ImageSet, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """The images of a batch. One that cannot be read is replaced by the next readable one in the order of the files,
+    so batches keep their size.
+
+    Returns:
+        (pixels (b, size, size, 3) uint8, indices of the images taken, name -> why for each that was replaced)
 
     Raises:
         DataError: no image at all can be read.
     """
-    epoch, place = divmod(step, len(images) // batch_size)
-    indices = epoch_order(len(images), seed, epoch)[place * batch_size : (place + 1) * batch_size].copy()
+    indices = indices.copy()
     pixels, problems = images.read(indices)
     skipped = {images.names[indices[k]]: reason for k, reason in problems.items()}
     for k in problems:
@@ -54,15 +105,37 @@ def training_batch(
             skipped[images.names[substitute[0]]] = unreadable[0]
         else:
             raise DataError(f"none of the {len(images)} training images can be read; {next(iter(skipped.values()))}")
-    top, left, mirrored = epoch_augmentation(len(images), seed, epoch, padding)[indices].T
-    return crop(pixels, padding, top, left, mirrored * flip), images.labels[indices], skipped
+    return pixels, indices, skipped
 
 
-def crop(pixels: np.ndarray, padding: int, top: np.ndarray, left: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Each image, after ``padding`` black pixels on all sides, cut back to its size at (top, left), and mirrored."""
+def crop(pixels: Tensor, crops: Tensor, padding: int) -> Tensor:
+    """Cut the planned part out of each image (b, size, size, 3).
+
+    Args:
+        crops: (b, 3) top, left and mirrored: a crop of full size from the image padded with black, uint8; or (b, 5)
+            mirrored, top, left, height, width as shares: enlarged bilinearly, float32.
+    """
+    if crops.shape[1] == 5:
+        return _zoom(pixels, crops)
     size = pixels.shape[1]
-    padded = np.pad(pixels, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    along = np.arange(size)
-    rows = top[:, None] + along
-    columns = left[:, None] + np.where(mirrored[:, None] == 1, along[::-1], along)
-    return padded[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    along = torch.arange(size, device=pixels.device)
+    top, left, mirrored = crops[:, :, None].unbind(1)
+    rows = top - padding + along
+    columns = left - padding + torch.where(mirrored == 1, along.flip(0), along)
+    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+    batch = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    found = pixels[batch, rows.clamp(0, size - 1)[:, :, None], columns.clamp(0, size - 1)[:, None, :]]
+    return found * inside[..., None]
+
+
+def _zoom(pixels: Tensor, crops: Tensor) -> Tensor:
+    mirrored, top, left, height, width = crops.unbind(1)
+    zero = torch.zeros_like(top)
+    # affine_grid's coordinates run from -1 to 1 over the image.
+    across = torch.stack([width * (1 - 2 * mirrored), zero, 2 * left + width - 1], dim=1)
+    down = torch.stack([zero, height, 2 * top + height - 1], dim=1)
+    images = pixels.permute(0, 3, 1, 2).float()
+    with torch.autocast(pixels.device.type, enabled=False):  # coordinates in bfloat16 would miss by whole pixels
+        grid = F.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
+        sampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.permute(0, 2, 3, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,10 +38,18 @@ class DataConfig:
     """Refuse larger images, millions of pixels: they may be decompression bombs."""
     skip_corrupt: bool = False
     """Train without images that cannot be read at the start, instead of stopping there."""
+    crop_area: float = 1.0
+    """Below 1: instead of shifted crops take parts of the image of at least this share of its area, enlarged."""
+    on_device: bool = False
+    """Keep all training images in the device's memory and cut them out there; they must fit into --cache-mb."""
+    mechanism: bool = False
+    """At every evaluation measure also: accuracy with shuffled orders, gradients that reach the scores, agreement of
+    order maps between images, clustering of tokens."""
 
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "image_size")
         expect_at_least(self, 0, "crop_padding", "cache_mb")
+        expect_within(self, 0.01, 1, "crop_area")
         expect_within(self, 0.001, 178.0, "max_megapixels")  # Pillow itself opens no larger ones
 
 
@@ -69,8 +76,9 @@ class ImageNetConfig:
     """An image study: arms times seeds."""
 
     arms: tuple[str, ...] = ("baseline", "sorted")
-    """Orders to compare, the first being the reference: baseline, sorted, published, published_restored,
-    straight_through, random, reversed; with changes as in sorted:tau=0.3,restore=false."""
+    """Orders to compare, the first being the reference: baseline, sorted, annealed, published,
+    published_restored, straight_through, random, mean, reversed; with changes as in
+    sorted:tau=0.3,restore=false."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each; runs of one seed share data order and initial weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -93,13 +101,12 @@ class ImageNetConfig:
 
     def orders(self) -> dict[str, Any]:
         """The settings of every arm's order, resolved, for ``config.json``."""
-        resolved = {arm: resolve_arm(arm) for arm in self.arms}
-        return {arm: None if order is None else dataclasses.asdict(order) for arm, order in resolved.items()}
+        return {arm: resolve_arm(arm).to_json() for arm in self.arms}
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: all but where things lie and how they are fetched."""
         config = to_json(self)
-        del config["run"], config["data"]["data_dir"], config["data"]["cache_mb"]
+        del config["run"], config["data"]["data_dir"], config["data"]["cache_mb"], config["data"]["on_device"]
         return {"config": config, "orders": self.orders()}
 
 
@@ -165,4 +172,56 @@ def imagenette() -> ImageNetConfig:
             evaluate_every=146,
             checkpoint_every=146,
         ),
+    )
+
+
+STUDY_ARMS = (
+    "baseline",
+    "published",
+    "published_restored",
+    "annealed",
+    "straight_through",
+    "random",
+    "mean",
+    "reversed",
+)
+
+
+@preset
+def study() -> ImageNetConfig:
+    """Does order help? All arms, mechanisms measured, on trees of 32 px images such as CIFAR-10: for one GPU."""
+    return ImageNetConfig(
+        arms=STUDY_ARMS,
+        data=DataConfig(image_size=32, crop_padding=4, on_device=True, mechanism=True),
+        model=ModelConfig(model="mambavision_32px", drop_path=0.1, label_smoothing=0.1),
+        train=TrainConfig(
+            epochs=20,
+            batch_size=128,
+            learning_rate=1e-3,
+            log_every=195,
+            evaluate_every=780,
+            checkpoint_every=780,
+        ),
+        compute=ComputeConfig(threads=1, precision="bfloat16", channels_last=True, deterministic=False),
+        run=RunConfig(jobs=8),
+    )
+
+
+@preset
+def study_64px() -> ImageNetConfig:
+    """The same on trees of 64 px images such as Imagenette."""
+    return ImageNetConfig(
+        arms=STUDY_ARMS,
+        data=DataConfig(image_size=64, crop_area=0.35, on_device=True, mechanism=True),
+        model=ModelConfig(model="mambavision_64px", drop_path=0.1, label_smoothing=0.1),
+        train=TrainConfig(
+            epochs=80,
+            batch_size=128,
+            learning_rate=1e-3,
+            log_every=146,
+            evaluate_every=584,
+            checkpoint_every=584,
+        ),
+        compute=ComputeConfig(threads=1, precision="bfloat16", channels_last=True, deterministic=False),
+        run=RunConfig(jobs=8),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,18 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
 
-from tokendyn import Order
-from tokendyn.backends.torch.layers import record_orders
+from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._files import write_with
 from tokendyn.experiments._run_folder import RunRecord
-from tokendyn.experiments._trainer import load_trained
+from tokendyn.experiments._trainer import KEEPSAKES
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images
-from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, ImageTask, stage_of, to_input
+from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, example_images, mosaic, stage_of
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 LINES = ("-", "--", ":", "-.")
-EXAMPLES = 6
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -52,7 +50,6 @@ def draw_figure(
     config: ImageNetConfig,
     images: Images,
     runs: Sequence[RunRecord],
-    make_task: Callable[[str, int], ImageTask],
 ) -> list[Path]:
     """Draw ``study.png`` and ``study.svg`` into ``folder``; their paths.
 
@@ -69,7 +66,7 @@ def draw_figure(
         parts: Any = figure.subfigures(2, 1, height_ratios=[3.1, maps_height], hspace=0.02) if ordered else [figure]
         _draw_curves(parts[0], config, runs, measures=bool(ordered))
         if ordered:
-            _draw_maps(parts[1], ordered, config, images, runs, make_task)
+            _draw_maps(parts[1], ordered, config, images, runs)
         folder.mkdir(exist_ok=True)
         paths = [folder / "study.png", folder / "study.svg"]
         write_with(paths[0], lambda place: figure.savefig(place, dpi=150))
@@ -84,15 +81,15 @@ def _draw_curves(
     for arm, colour in zip(config.arms, itertools.cycle(COLOURS), strict=False):
         lines = [[line for line in run.metrics if line["split"] == "held_out"] for run in runs if run.arm == arm]
         steps = [line["step"] for line in lines[0]]
-        _band(panels[0], steps, [[100 * line["accuracy"] for line in run] for run in lines], colour, "-", arm)
-        _band(panels[1], steps, [[line["loss"] for line in run] for run in lines], colour, "-", arm)
+        draw_band(panels[0], steps, [[100 * line["accuracy"] for line in run] for run in lines], colour, "-", arm)
+        draw_band(panels[1], steps, [[line["loss"] for line in run] for run in lines], colour, "-", arm)
         for module, dashes in zip(lines[0][-1].get("orders", {}), LINES, strict=False):
             with_orders = [[line for line in run if "orders" in line] for run in lines]
             steps = [line["step"] for line in with_orders[0]]
             label = f"{arm}, {stage_of(module)}"
             for panel, key in ((panels[2], "effective_tokens"), (panels[3], "variance_kept")):
                 values = [[line["orders"][module][key] for line in run] for run in with_orders]
-                _band(panel, steps, values, colour, dashes, label)
+                draw_band(panel, steps, values, colour, dashes, label)
     seeds = len(config.seeds)
     panels[0].set_title("Held-out accuracy, %\n" + (f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"))
     panels[0].legend(loc="lower right")
@@ -122,7 +119,7 @@ def _draw_curves(
         panel.set_xlabel("step")
 
 
-def _band(panel: Axes, steps: list[int], values: list[list[float]], colour: str, dashes: str, label: str) -> None:
+def draw_band(panel: Axes, steps: list[int], values: list[list[float]], colour: str, dashes: str, label: str) -> None:
     table = np.array(values)
     panel.plot(steps, table.mean(axis=0), dashes, color=colour, label=label, linewidth=1.6)
     if len(table) > 1:
@@ -135,13 +132,10 @@ def _draw_maps(
     config: ImageNetConfig,
     images: Images,
     runs: Sequence[RunRecord],
-    make_task: Callable[[str, int], ImageTask],
 ) -> None:
     held_out = images.held_out
-    examples = [int(np.flatnonzero(held_out.labels == label)[0]) for label in np.unique(held_out.labels)[:EXAMPLES]]
-    spread = np.linspace(0, len(held_out) - 1, min(MEASURED_IMAGES, len(held_out))).astype(np.int64)
-    pixels, problems = held_out.read(np.concatenate([examples, spread]))
-    measured = [k for k in range(len(examples), len(pixels)) if k not in problems]
+    examples = example_images(images)
+    pixels, _ = held_out.read(examples)
     columns = len(examples) + 1
     grid = figure.add_gridspec(len(ordered) + 1, columns + 1, width_ratios=[1.0] * columns + [0.09])
     panels = np.array([[figure.add_subplot(grid[i, j]) for j in range(columns)] for i in range(len(ordered) + 1)])
@@ -153,51 +147,30 @@ def _draw_maps(
     for panel, image, index in zip(panels[0], pixels, examples, strict=False):
         panel.imshow(image, interpolation="nearest")
         panel.set_title(textwrap.fill(images.classes[held_out.labels[index]], 18), fontsize=8, loc="center")
-    _label(panels[0, 0], "held-out images")
+    label_row(panels[0, 0], "held-out images")
     for row, arm in zip(panels[1:], ordered, strict=True):
         run = next(run for run in runs if run.arm == arm)
-        model = load_trained(make_task(arm, run.seed), run.folder)
-        with torch.no_grad(), record_orders(model) as records:
-            model(to_input(torch.from_numpy(pixels)))
-        record = next(found for found in records.values() if found)[0]
-        places = mosaic(expected_places(record.order), len(pixels))
-        tokens = record.order.scores.shape[1]
-        for panel, values in zip(row, [*places[: len(examples)], places[measured].mean(axis=0)], strict=True):
-            _draw_places(panel, values, tokens)
-        averaged = record.effective_tokens.mean().item()
+        kept = read_tensors(run.folder / KEEPSAKES)
+        tokens = int(kept["tokens"])
+        for panel, values in zip(row, [*kept["examples"].numpy(), kept["mean"].numpy()], strict=True):
+            draw_places(panel, values, tokens)
         order = describe_order(resolve_arm(arm)).replace(", ", ",\n")
-        _label(row[0], f"{arm}\n{order}\n(a place averages\n{averaged:.1f} of {tokens} tokens)")
+        averaged = kept["effective_tokens"].item()
+        label_row(row[0], f"{arm}\n{order}\n(a place averages\n{averaged:.1f} of {tokens} tokens)")
         if arm == ordered[0]:
-            raster = mosaic(np.tile(np.arange(float(tokens)), (len(places[0]) ** 2 // tokens, 1)), 1)[0]
-            drawn = _draw_places(panels[0, -1], raster, tokens)
+            windows = kept["mean"].numel() // tokens
+            raster = mosaic(torch.arange(float(tokens)).repeat(windows, 1), 1)[0].numpy()
+            drawn = draw_places(panels[0, -1], raster, tokens)
             bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[:, columns]))
             bar.set_label("place of a token in the scan", fontsize=8)
             bar.set_ticks([0, tokens - 1], labels=["first", "last"])
     panels[0, -1].set_title("without an order", fontsize=8, loc="center")
-    panels[1, -1].set_title(f"mean of {len(measured)} images", fontsize=8, loc="center")
+    panels[1, -1].set_title(f"mean of {min(MEASURED_IMAGES, len(held_out))} images", fontsize=8, loc="center")
 
 
-def _label(panel: Axes, text: str) -> None:
+def label_row(panel: Axes, text: str) -> None:
     panel.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
 
 
-def _draw_places(panel: Axes, values: np.ndarray, tokens: int) -> AxesImage:
+def draw_places(panel: Axes, values: np.ndarray, tokens: int) -> AxesImage:
     return panel.imshow(values, cmap="viridis", vmin=0, vmax=tokens - 1, interpolation="nearest")
-
-
-def expected_places(order: Order) -> np.ndarray:
-    """(b, L) the place to which each token goes: Σ_k k P_kl / Σ_k P_kl; its place if the order is hard.
-
-    A SoftSort that averages everything gives (L - 1)/2 everywhere: no token has a place of its own.
-    """
-    matrix = order.matrix().double().cpu().numpy()
-    places = np.arange(matrix.shape[1])
-    return np.einsum("k,bkl->bl", places, matrix) / matrix.sum(axis=1)
-
-
-def mosaic(values: np.ndarray, count: int) -> np.ndarray:
-    """(count, H, W) from (count · windows, L): windows of side √L, laid row by row into a square."""
-    side = math.isqrt(values.shape[1])
-    across = math.isqrt(values.shape[0] // count)
-    squares = values.reshape(count, across, across, side, side)
-    return squares.transpose(0, 1, 3, 2, 4).reshape(count, across * side, across * side)

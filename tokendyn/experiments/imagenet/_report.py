@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from tokendyn.experiments._statistics import paired, summary
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images
-from tokendyn.experiments.imagenet._task import ImageTask, stage_of
+from tokendyn.experiments.imagenet._task import stage_of
 
 FORMAT = 1
-ORDER_MEASURES = ("tokens", "effective_tokens", "variance_kept", "score_deviation")
 
 
 def write_report(
@@ -25,7 +24,6 @@ def write_report(
     config: ImageNetConfig,
     images: Images,
     runs: Sequence[RunRecord],
-    make_task: Callable[[str, int], ImageTask],
 ) -> None:
     """Write ``result.json`` and the figure, and print the table."""
     from tokendyn.experiments.imagenet._figure import draw_figure  # only now: matplotlib takes a while to load
@@ -40,7 +38,13 @@ def write_report(
         "skipped": {name: reason for run in runs for name, reason in run.result["skipped"].items()},
     }
     write_json(folder / "result.json", result)
-    figures = draw_figure(folder / "figures", config, images, runs, make_task)
+    figures = draw_figure(folder / "figures", config, images, runs)
+    if config.data.mechanism:
+        from tokendyn.experiments.imagenet._mechanism import draw_mechanism
+        from tokendyn.experiments.imagenet._page import write_page
+
+        figures += draw_mechanism(folder / "figures", result, images, runs)
+        figures.append(write_page(folder, result, figures))
     print("\n" + format_table(result))
     print()
     for sentence in conclusions(result):
@@ -57,24 +61,33 @@ def _summarise_arms(config: ImageNetConfig, runs: Sequence[RunRecord]) -> dict[s
     for arm in config.arms:
         of_arm = [run for run in runs if run.arm == arm]
         held_out = [run.result["held_out"] for run in of_arm]
-        scores = [key for key in held_out[0] if key != "orders"]
-        modules = held_out[0].get("orders", {})
+        scores = [key for key, value in held_out[0].items() if not isinstance(value, dict)]
         arms[arm] = {
             "order": orders[arm],
             "held_out": {key: summary([values[key] for values in held_out]) for key in scores},
-            "orders": {
-                name: {key: summary([values["orders"][name][key] for values in held_out]) for key in ORDER_MEASURES}
-                for name in modules
-            },
+            "orders": _nested(held_out, "orders"),
+            "tokens": _nested(held_out, "tokens"),
             "parameters": of_arm[0].result["parameters"],
             "cost": _cost(of_arm),
         }
+        if "accuracy_shuffled" in scores:
+            arms[arm]["shuffle_loss"] = paired(
+                [values["accuracy"] for values in held_out], [values["accuracy_shuffled"] for values in held_out]
+            )
         if arm != config.arms[0]:
             before = [run.result["held_out"] for run in reference]
             arms[arm]["difference"] = {
                 key: paired([v[key] for v in held_out], [v[key] for v in before]) for key in scores if key in before[0]
             }
     return arms
+
+
+def _nested(held_out: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """Summaries over seeds of the measures that are kept by module."""
+    return {
+        module: {name: summary([values[key][module][name] for values in held_out]) for name in measures}
+        for module, measures in held_out[0].get(key, {}).items()
+    }
 
 
 def _cost(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -48,11 +48,11 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         )
     sys.stdout.flush()
     study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
-    runs = study.run(config.run.jobs)
+    runs = study.run(config.run.jobs, config.run.max_minutes)
     if runs is None:
         print("other processes still train some of these runs; give the same command again for the report")
         return
-    write_report(folder, preset, config, images, runs, make_task)
+    write_report(folder, preset, config, images, runs)
 
 
 def load_images(preset: str, config: ImageNetConfig) -> Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch import models
 from tokendyn.backends.torch.layers import record_orders
+from tokendyn.backends.torch.layers._ordering import ScoreOrdering
 from tokendyn.errors import DataError, OptionError
 from tokendyn.experiments._trainer import Batch
-from tokendyn.experiments.imagenet._arms import resolve_arm
-from tokendyn.experiments.imagenet._batches import training_batch
+from tokendyn.experiments.imagenet._arms import Arm, resolve_arm
+from tokendyn.experiments.imagenet._batches import Augmentation, crop, plan_batch, readable_batch
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, ImageSet
+from tokendyn.experiments.imagenet._measures import (
+    expected_places,
+    measure_mechanism,
+    measure_orders,
+    shuffled_orders,
+)
 
 # Mean and deviation of ImageNet's channels: the customary scale of inputs, used for all data here.
 MEAN = (0.485, 0.456, 0.406)
@@ -27,25 +34,29 @@ DEVIATION = (0.229, 0.224, 0.225)
 
 EVALUATION_BATCH = 256
 MEASURED_IMAGES = 128  # held-out images on which the orders are measured
+EXAMPLES = 6  # held-out images whose order maps are drawn
 
 
 class ImageTask:
-    """MambaVision on an image set, with one order and one seed (:class:`~.._trainer.Task`).
+    """MambaVision on an image set, with one arm and one seed (:class:`~.._trainer.Task`).
 
     Args:
         images: the data.
         config: the study's configuration.
-        order: the arm.
+        arm: the order, and its schedule.
         seed: decides the order of the data, crops and mirrors.
     """
 
-    def __init__(self, images: Images, config: ImageNetConfig, order: OrderConfig | None, seed: int) -> None:
-        self.images, self.config, self.order, self.seed = images, config, order, seed
+    def __init__(self, images: Images, config: ImageNetConfig, arm: Arm, seed: int) -> None:
+        self.images, self.config, self.arm, self.seed = images, config, arm, seed
         if len(images.train) < config.train.batch_size:
             raise OptionError(
                 f"--batch-size is {config.train.batch_size}, but there are only {len(images.train)} training images; "
                 f"choose a smaller one"
             )
+        if config.data.on_device and images.train.pixels is None:
+            raise OptionError("--on-device was given, but the images do not fit into --cache-mb; raise it")
+        self._resident: Tensor | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,29 +68,66 @@ class ImageTask:
             num_classes=len(self.images.classes),
             drop_path_rate=options.drop_path,
             parity=options.parity,
-            order=self.order,
+            order=self.arm.order,
         )
+
+    def set_progress(self, model: nn.Module, progress: float) -> None:
+        """Set the temperature that the arm's schedule asks for."""
+        if self.arm.final_tau is not None:
+            for module in model.modules():
+                if isinstance(module, ScoreOrdering):
+                    module.tau = self.arm.tau(progress)
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        data = self.config.data
+        return Augmentation(data.crop_padding, data.flip, data.crop_area)
 
     def batch(self, step: int) -> Batch:
-        data = self.config.data
-        pixels, labels, skipped = training_batch(
-            self.images.train,
-            step,
-            batch_size=self.config.train.batch_size,
-            seed=self.seed,
-            padding=data.crop_padding,
-            flip=data.flip,
+        train, augmentation = self.images.train, self._augmentation
+        indices, crops = plan_batch(
+            train, step, batch_size=self.config.train.batch_size, seed=self.seed, augmentation=augmentation
         )
-        return Batch({"pixels": torch.from_numpy(pixels), "labels": torch.from_numpy(labels)}, skipped)
+        if self.config.data.on_device and not train.unreadable:
+            tensors = {"indices": torch.from_numpy(indices), "crops": torch.from_numpy(crops)}
+            return Batch(tensors | {"labels": torch.from_numpy(train.labels[indices])})
+        pixels, indices, skipped = readable_batch(train, indices)
+        cut = crop(torch.from_numpy(pixels), torch.from_numpy(crops), augmentation.padding)
+        return Batch({"pixels": cut, "labels": torch.from_numpy(train.labels[indices])}, skipped)
 
     def loss(self, model: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = model(to_input(tensors["pixels"])).float()
         labels = tensors["labels"]
+        if "pixels" in tensors:
+            pixels = tensors["pixels"]
+        else:
+            pixels = crop(
+                self._pixels_on(labels.device)[tensors["indices"]], tensors["crops"], self._augmentation.padding
+            )
+        logits = model(to_input(pixels)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.model.label_smoothing)
         return loss, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()}
 
+    def _pixels_on(self, device: torch.device) -> Tensor:
+        """All training images on the device, brought there once."""
+        if self._resident is None or self._resident.device != device:
+            assert self.images.train.pixels is not None
+            self._resident = torch.from_numpy(self.images.train.pixels).to(device)
+        return self._resident
+
     def evaluate(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
-        """Held-out loss and accuracy (top-5 too where there are more than 10 classes), and the orders' measures."""
+        """Held-out loss and accuracy (top-5 too where there are more than 10 classes), and the orders' measures; with
+        ``--mechanism`` those of :func:`~._measures.measure_mechanism` and the accuracy with shuffled orders."""
+        measures, skipped = self._held_out(model, device)
+        pixels, labels = self._measured(device)
+        if not self.config.data.mechanism:
+            orders = measure_orders(model, to_input(pixels))
+            return (measures | {"orders": orders} if orders else measures), skipped
+        with shuffled_orders(model, self.seed):
+            measures["accuracy_shuffled"] = self._held_out(model, device)[0]["accuracy"]
+        found = measure_mechanism(model, to_input(pixels), labels)
+        return measures | {key: value for key, value in found.items() if value}, skipped
+
+    def _held_out(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
         held_out = self.images.held_out
         top = 5 if len(self.images.classes) > 10 else 1
         skipped: dict[str, str] = {}
@@ -101,27 +149,54 @@ class ImageTask:
         measures: dict[str, Any] = {"loss": loss / count, "accuracy": correct / count}
         if top > 1:
             measures["accuracy_top5"] = among_top / count
-        orders = self._measure_orders(model, device)
-        return (measures | {"orders": orders} if orders else measures), skipped
+        return measures, skipped
 
-    def _measure_orders(self, model: nn.Module, device: torch.device) -> dict[str, dict[str, float]]:
-        """By ordering module: tokens, effective tokens averaged, variance kept, deviation of the scores."""
+    def _measured(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pixels and labels of the images that orders are measured on: spread over all held-out ones."""
         held_out = self.images.held_out
         spread = np.linspace(0, len(held_out) - 1, min(MEASURED_IMAGES, len(held_out))).astype(np.int64)
-        pixels, _ = _readable(held_out, spread, {})
-        with record_orders(model) as records:
+        pixels, labels = _readable(held_out, spread, {})
+        return torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device)
+
+    def keepsakes(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Order maps of the first ordering block, for the figure: of example images, and means over classes.
+
+        ``examples`` (EXAMPLES or fewer, H, W), ``classes`` (C, H, W), ``mean`` (H, W): the place in the scan to which
+        each token goes; ``tokens``, ``effective_tokens``: in a sequence, and averaged by a place.
+        """
+        pixels, labels = self._measured(device)
+        shown, _ = self.images.held_out.read(example_images(self.images))
+        with torch.no_grad(), record_orders(model) as records:
             if not records:
                 return {}
-            model(to_input(torch.from_numpy(pixels).to(device)))
+            model(to_input(torch.cat([torch.from_numpy(shown).to(device), pixels])))
+        record = next((found[0] for found in records.values() if found), None)
+        if record is None:  # an order for training only
+            return {}
+        maps = mosaic(expected_places(record.order), len(shown) + len(pixels)).float().cpu()
+        measured, labels = maps[len(shown) :], labels.cpu()
+        classes = [measured[labels == label].mean(dim=0) for label in labels.unique()]
         return {
-            name: {
-                "tokens": record.order.scores.shape[1],
-                "effective_tokens": record.effective_tokens.mean().item(),
-                "variance_kept": record.variance_kept.mean().item(),
-                "score_deviation": record.order.scores.std(dim=1, correction=0).mean().item(),
-            }
-            for name, (record, *_) in ((name, found) for name, found in records.items() if found)
+            "examples": maps[: len(shown)].contiguous(),
+            "classes": torch.stack(classes),
+            "mean": measured.mean(dim=0),
+            "tokens": torch.tensor(record.order.scores.shape[1]),
+            "effective_tokens": record.effective_tokens.mean().cpu(),
         }
+
+
+def example_images(images: Images) -> np.ndarray:
+    """Held-out images for a figure: the first of each of the first :data:`EXAMPLES` classes."""
+    labels = images.held_out.labels
+    return np.array([np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:EXAMPLES]])
+
+
+def mosaic(values: Tensor, count: int) -> Tensor:
+    """(count, H, W) from (count · windows, L): windows of side √L, laid row by row into a square."""
+    side = math.isqrt(values.shape[1])
+    across = math.isqrt(values.shape[0] // count)
+    squares = values.reshape(count, across, across, side, side)
+    return squares.transpose(2, 3).reshape(count, across * side, across * side)
 
 
 @dataclass(frozen=True)

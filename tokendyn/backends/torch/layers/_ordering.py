@@ -116,12 +116,24 @@ class ReversedOrdering(TokenOrdering):
         return ops.token_order(places.expand(x.shape[:2]), "hard", ascending=False)
 
 
-METHODS: dict[str, type[ScoreOrdering] | type[RandomOrdering] | type[ReversedOrdering]] = {
+class MeanOrdering(TokenOrdering):
+    """Every place holds the mean of all tokens: SoftSort of equal scores, whose matrix is 1/L throughout."""
+
+    def __init__(self, config: OrderConfig, width: int, **_: object) -> None:
+        super().__init__(config)
+
+    def forward(self, x: Tensor, *s_delta: Tensor) -> Order:
+        scores = x.new_zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+        return ops.token_order(scores, "softsort")
+
+
+METHODS: dict[str, type[ScoreOrdering] | type[RandomOrdering] | type[ReversedOrdering] | type[MeanOrdering]] = {
     "softsort": ScoreOrdering,
     "hard": ScoreOrdering,
     "straight_through": ScoreOrdering,
     "random": RandomOrdering,
     "reversed": ReversedOrdering,
+    "mean": MeanOrdering,
 }
 
 
