@@ -23,6 +23,7 @@ OPERATION_NAMES = [
     "io_spectrum",
     "put_tokens",
     "selective_scan",
+    "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

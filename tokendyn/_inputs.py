@@ -45,6 +45,8 @@ def random_inputs(operation: str, *, seed: int = 0, dtype: str = "float32", **op
               with_z=True, with_state=False, packed=False, padded=False``. ``groups`` gives B and C their group axis;
               ``packed`` gives seq_idx, ``padded`` gives lengths, 0 and L among them.
             - hidden_attention: the same sizes, ``groups``, ``scalar_a``, ``packed`` and ``padded``.
+            - selective_state_update: ``batch=2, channels=8, state=4, groups=None, scalar_a=False, with_d=True,
+              with_z=True``.
             - importance_score: ``batch=2, channels=8, length=32, rank=None``. With ``rank``, x has that many
               channels and s_delta is the second factor of a low-rank S_Δ.
             - softsort, softsort_restore: ``batch=2, channels=8, length=32``; the other operations on scores:
@@ -155,6 +157,31 @@ def _scan(
     if with_state:
         made["initial_state"] = rng.standard_normal((batch, channels, state))
     return made
+
+
+@_makes("selective_state_update")
+def _step(
+    rng: np.random.Generator,
+    *,
+    batch: int = 2,
+    channels: int = 8,
+    state: int = 4,
+    groups: int | None = None,
+    scalar_a: bool = False,
+    with_d: bool = True,
+    with_z: bool = True,
+) -> dict[str, Any]:
+    sizes = {"batch": batch, "channels": channels, "state": state, "groups": groups}
+    scan = _scan(rng, **sizes, length=1, scalar_a=scalar_a, with_d=with_d, with_z=with_z, with_state=True)
+    names = {
+        "initial_state": "state",
+        "u": "x",
+        "delta": "dt",
+        "delta_bias": "dt_bias",
+        "delta_softplus": "dt_softplus",
+    }
+    one_token = ("u", "delta", "B", "C", "z")
+    return {names.get(key, key): value[..., 0] if key in one_token else value for key, value in scan.items()}
 
 
 @_makes("importance_score")

@@ -16,17 +16,10 @@ import torch
 from tokendyn import core
 from tokendyn._tolerances import HALF_EPS, HALF_FACTOR, tolerance
 
-triton = pytest.importorskip("triton")
+from .triton_session import DEVICE, ON_GPU
 
-from tokendyn.backends.torch.ops import _scan_plain, _scan_triton, _scan_triton_launch  # noqa: E402
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:
-    if tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1):
-        pytest.skip("Triton's interpreter before 3.7.1 fails with NumPy 2.4", allow_module_level=True)
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported", allow_module_level=True)
+# isort: split
+from tokendyn.backends.torch.ops import _scan_plain, _scan_triton, _scan_triton_launch
 
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
@@ -143,19 +136,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(_scan_triton_launch, "SCALAR_PROGRAMS", 8)
 
 
-@pytest.fixture
-def _poisoned(monkeypatch):
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-
-        def poisoned(*args, _make=make, **options):
-            made = _make(*args, **options)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
-@pytest.mark.usefixtures("_small_chunks", "_poisoned")
+@pytest.mark.usefixtures("_small_chunks", "poisoned")
 @pytest.mark.filterwarnings("ignore:overflow encountered in matmul:RuntimeWarning")  # in entries that a mask discards
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=[f"{n}-{d}" for n, d in RUNS])

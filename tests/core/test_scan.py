@@ -227,3 +227,30 @@ def test_infinities_and_nan_travel_on() -> None:
     np.testing.assert_array_equal(~np.isfinite(y), expected)
     growing = {**arguments, "u": np.ones_like(y), "A": 500.0 + 0 * arguments["A"]}
     assert not np.isfinite(core.selective_scan(**growing, delta_softplus=True)[..., -1]).any()
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_the_scan_is_its_steps_one_after_another(scalar: bool, groups: int | None) -> None:
+    arguments = scan_arguments(np.random.default_rng([scalar, groups or 0]), length=6, scalar=scalar, groups=groups)
+    want, last = core.selective_scan(**arguments, delta_softplus=True, return_last_state=True)
+    state = arguments["initial_state"]
+    for l in range(6):
+        u, delta, B, C, z = (arguments[name][..., l] for name in ("u", "delta", "B", "C", "z"))
+        y, state = core.selective_state_update(
+            state, u, delta, arguments["A"], B, C, arguments["D"], z, arguments["delta_bias"], dt_softplus=True
+        )
+        np.testing.assert_allclose(y, want[..., l], rtol=1e-13, atol=1e-14)
+    np.testing.assert_allclose(state, last, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_gradients_of_a_step(scalar: bool) -> None:
+    rng = np.random.default_rng([2, scalar])
+    scan = scan_arguments(rng, length=1, scalar=scalar, groups=2)
+    arguments = {"state": scan["initial_state"], "A": scan["A"], "D": scan["D"], "dt_bias": scan["delta_bias"]}
+    arguments |= {"x": scan["u"], "dt": scan["delta"]} | {name: scan[name] for name in ("B", "C", "z")}
+    arguments = {name: v[..., 0] if name in ("x", "dt", "B", "C", "z") else v for name, v in arguments.items()}
+    check_vjp("selective_state_update", arguments, "state x dt A B C D z dt_bias", rng, dt_softplus=True)
+    bare = {name: arguments[name] for name in ("state", "x", "dt", "A", "B", "C")}
+    check_vjp("selective_state_update", bare, "state x dt A B C", rng)

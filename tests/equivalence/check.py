@@ -16,10 +16,10 @@ from tokendyn._tolerances import GRADIENT_WORST_TOKEN, HALF_EPS, HALF_FACTOR, to
 
 from .compare import Bound, Errors, Mismatch, Outcome, compare, normwise, worst_token
 from .frameworks import FRAMEWORKS, Implementation, as_tuple, implementation_of, rounded
-from .subjects import SUBJECTS, Subject, axes
+from .subjects import SUBJECTS, Subject
 
 #: Arguments that may stay in float32 beside half-precision activations, as a trained model keeps them.
-PARAMETERS = ("A", "D", "delta_bias", "initial_state")
+PARAMETERS = ("A", "D", "delta_bias", "initial_state", "dt_bias", "state")
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,12 @@ def compare_all(
         measured.append(Measured(what, gradient, errors))
 
     for (name, expected), got in zip(want.outputs.items(), outputs, strict=True):
-        measure(name, got, expected, want.output_dtypes[name], axes(name, expected.ndim), False)
+        measure(name, got, expected, want.output_dtypes[name], subject.axes(name, expected.ndim), False)
     for name, expected in want.gradients.items() if wrt else ():
         got = gradients[name]
         if got is None:
             raise Mismatch("gradient missing", f"{label}: there is no gradient of {name}")
-        measure(f"gradient of {name}", got, expected, want.dtypes[name], axes(name, expected.ndim), True)
+        measure(f"gradient of {name}", got, expected, want.dtypes[name], subject.axes(name, expected.ndim), True)
     if not measured:
         raise Mismatch("empty", f"{label}: nothing was compared")
     return measured

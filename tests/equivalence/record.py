@@ -70,7 +70,7 @@ class Record:
 
     def table(self) -> list[str]:
         lines = [
-            f"{'operation':<21}{'backend':<9}{'dtype':<10}{'normwise':>10}{'worst token':>13}{'gradients':>11}"
+            f"{'operation':<24}{'backend':<9}{'dtype':<10}{'normwise':>10}{'worst token':>13}{'gradients':>11}"
             f"{'comparisons':>13}"
         ]
         order = [*SUBJECTS, *BACKENDS, "float64", "float32", "bfloat16", "float16"]
@@ -78,7 +78,7 @@ class Record:
         for (name, backend, dtype), row in by_place:
             gradients = f"{row.gradients:.1e}" if row.gradient_comparisons else "-"
             lines.append(
-                f"{name:<21}{backend:<9}{dtype:<10}{row.values:>10.1e}{row.worst_token:>13.1e}{gradients:>11}"
+                f"{name:<24}{backend:<9}{dtype:<10}{row.values:>10.1e}{row.worst_token:>13.1e}{gradients:>11}"
                 f"{row.comparisons:>13}"
             )
         return lines

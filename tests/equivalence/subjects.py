@@ -37,11 +37,12 @@ AXES: dict[str, dict[int, str]] = {
 }
 
 
-def axes(name: str, ndim: int) -> str | None:
-    """The axes of array ``name``, or None if it has no tokens (parameters, states)."""
-    found = AXES.get(name, {}).get(ndim)
-    assert found is not None or name not in AXES, f"{name} with {ndim} axes: enter it in AXES"
-    return found
+#: The same for a single step, where each batch entry is one token.
+STEP_AXES: dict[str, dict[int, str]] = {
+    **{name: {2: "tf"} for name in ("x", "dt", "z", "y")},
+    **{name: {2: "tf", 3: "tff"} for name in ("B", "C")},
+    **{name: {3: "tff"} for name in ("state", "new_state")},
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Subject:
         call: what a user calls.
         differentiable: arguments with a gradient.
         backends: backends that implement it.
-        numpy_gradients: whether the NumPy backend has gradients too.
+        dtypes: of outputs, by name; see :data:`SUBJECTS`.
+        named_axes: the axes of every array by name and number of axes.
     """
 
     name: str
@@ -67,6 +69,13 @@ class Subject:
     differentiable: tuple[str, ...]
     backends: tuple[str, ...] = ALL_BACKENDS
     dtypes: dict[str, str] = field(default_factory=dict)
+    named_axes: dict[str, dict[int, str]] = field(default_factory=lambda: AXES)
+
+    def axes(self, name: str, ndim: int) -> str | None:
+        """The axes of array ``name``, or None if it has no tokens (parameters, states)."""
+        found = self.named_axes.get(name, {}).get(ndim)
+        assert found is not None or name not in self.named_axes, f"{name} with {ndim} axes: enter it in AXES"
+        return found
 
     def output_dtype(self, output: str, argument_dtypes: dict[str, str]) -> str:
         """The dtype that ``output`` must have: by default that of the first array argument."""
@@ -79,7 +88,7 @@ class Subject:
         return argument_dtypes.get(rule, dtype)
 
 
-def _operation(name: str, *outputs: str, **dtypes: str) -> Subject:
+def _operation(name: str, *outputs: str, named_axes: dict[str, dict[int, str]] = AXES, **dtypes: str) -> Subject:
     row = OPERATIONS[name]
     return Subject(
         name=name,
@@ -90,6 +99,7 @@ def _operation(name: str, *outputs: str, **dtypes: str) -> Subject:
         differentiable=row.differentiable,
         backends=row.backends,
         dtypes=dtypes,
+        named_axes=named_axes,
     )
 
 
@@ -98,6 +108,7 @@ SUBJECTS: dict[str, Subject] = {
     subject.name: subject
     for subject in (
         _operation("selective_scan", "y_scan", "last_state", last_state="state"),
+        _operation("selective_state_update", "y", "new_state", named_axes=STEP_AXES, y="x"),
         _operation("hidden_attention", "attention"),
         _operation("importance_score", "scores"),
         _operation("softsort", "x", x="x"),

@@ -22,6 +22,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("planted faults and what caught them")
     for fault, subject, backend, dtype, check, case in rows:
-        terminalreporter.write_line(f"{fault:<50}{subject:<21}{backend:<7}{dtype:<9}{check:<18}{case}")
+        terminalreporter.write_line(f"{fault:<50}{subject:<24}{backend:<7}{dtype:<9}{check:<18}{case}")
     survived = sum(row[4] == SURVIVED for row in rows)
     terminalreporter.write_line(f"{len(rows)} planted, {len(rows) - survived} caught")

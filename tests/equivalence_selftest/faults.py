@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .map_faults import FLOWS, INPUT_OUTPUT
 from .order_faults import COMPOSITIONS, ORDERS
-from .scan_faults import ATTENTION, SCAN
+from .scan_faults import ATTENTION, SCAN, STEP
 
-FAULTS = (*SCAN, *ATTENTION, *ORDERS, *COMPOSITIONS, *INPUT_OUTPUT, *FLOWS)
+FAULTS = (*SCAN, *STEP, *ATTENTION, *ORDERS, *COMPOSITIONS, *INPUT_OUTPUT, *FLOWS)

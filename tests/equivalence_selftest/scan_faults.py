@@ -187,6 +187,48 @@ SCAN = (
 )
 
 
+# ---------------------------------------------------------------------------------------------------- the single step
+
+
+def state_unchanged(call: Callable[..., Any], a: Arguments) -> Any:
+    return call(**a)[0], a["state"]
+
+
+def output_of_the_state_before(call: Callable[..., Any], a: Arguments) -> Any:
+    """y reads the state that the token found, as if it were the next one's."""
+    y, new_state = call(**a)
+    still = {**a, "x": 0 * a["x"], "dt": 0 * a["dt"], "dt_bias": None, "dt_softplus": False}
+    return y - call(**{**a, "D": None})[0] + call(**{**still, "D": None})[0], new_state
+
+
+STEP = (
+    Fault("state left as it was", "selective_state_update", instead(state_unchanged), MAIN),
+    Fault("state ignored", "selective_state_update", given(lambda a: {"state": 0 * a["state"]}), MAIN),
+    Fault("output of the state before", "selective_state_update", instead(output_of_the_state_before), BOTH),
+    Fault("B and C swapped", "selective_state_update", given(lambda a: {"B": a["C"], "C": a["B"]}), BOTH),
+    Fault("softplus missing", "selective_state_update", given(lambda a: {"dt_softplus": False}), BOTH),
+    Fault("gate ignored", "selective_state_update", without("z"), BOTH),
+    Fault("D dropped", "selective_state_update", without("D"), BOTH),
+    Fault("bias dropped", "selective_state_update", without("dt_bias"), BOTH),
+    Fault("0.4 % scale error", "selective_state_update", made(lambda y: y * 1.004), BOTH),
+    Fault(
+        "states in half precision inside",
+        "selective_state_update",
+        instead(lambda call, a: (call(**a)[0], rounded_inside(call(**a)[1]))),
+        BOTH,
+    ),
+    *(
+        Fault(
+            f"gradient of {name} missing",
+            "selective_state_update",
+            gradient(name, None, cut),
+            BOTH if name == "state" else ("torch",),
+        )
+        for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------- hidden attention
 
 

@@ -9,7 +9,7 @@ same name in each ``backends/<name>/ops``; the equivalence tests then find it.
 
 # The order of these imports is the order of the rows.
 # isort: off
-from tokendyn._operations._scan import AGGREGATES, hidden_attention, selective_scan
+from tokendyn._operations._scan import AGGREGATES, hidden_attention, selective_scan, selective_state_update
 from tokendyn._operations._order import (
     ORDER_METHODS,
     effective_tokens,
@@ -54,6 +54,7 @@ __all__ = [
     "io_spectrum",
     "put_tokens",
     "selective_scan",
+    "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

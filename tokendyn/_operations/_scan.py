@@ -1,4 +1,4 @@
-"""The selective scan and its hidden attention."""
+"""The selective scan, its hidden attention, and its single step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from tokendyn._operations._table import operation
 from tokendyn.errors import OptionError, ShapeError
 
 AGGREGATES = (None, "mean", "mean_abs")
+
+
+def _check_channels(name: str, shapes: check.Shapes, A: Any, vectors: dict[str, Any]) -> None:
+    """The groups of B and C, and the parameters that each channel has: A, and ``vectors`` of shape (d,)."""
+    d, groups = shapes.sizes["d"], shapes.sizes.get("G", 1)
+    if d % groups:
+        raise ShapeError(f"{name}: B has G = {groups} groups, expected a divisor of d = {d}")
+    shapes.expect("A", A, "d", "d 1" if len(A.shape) == 2 and A.shape[1] == 1 else "d N")
+    for key, vector in vectors.items():
+        if vector is not None:
+            shapes.expect(key, vector, "d")
 
 
 def _check_scan(
@@ -35,13 +46,7 @@ def _check_scan(
         shapes.expect("z", z, "b d L")
     shapes.expect("B", B, "b N L", "b G N L")
     shapes.expect("C", C, "b N L" if len(B.shape) == 3 else "b G N L")
-    d, groups = shapes.sizes["d"], shapes.sizes.get("G", 1)
-    if d % groups:
-        raise ShapeError(f"{name}: B has G = {groups} groups, expected a divisor of d = {d}")
-    shapes.expect("A", A, "d", "d 1" if len(A.shape) == 2 and A.shape[1] == 1 else "d N")
-    for key, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None:
-            shapes.expect(key, vector, "d")
+    _check_channels(name, shapes, A, {"D": D, "delta_bias": delta_bias})
     if initial_state is not None:
         shapes.expect("initial_state", initial_state, "b d N")
     activation = check.expect_floats(name, {"u": u, "delta": delta, "z": z, "B": B, "C": C})
@@ -205,3 +210,73 @@ def hidden_attention(
         raise OptionError(f"hidden_attention: channel is {channel}, expected 0 to {d - 1}")
     if rows is not None and not 0 <= rows[0] < rows[1] <= length:
         raise OptionError(f"hidden_attention: rows is {rows}, expected 0 <= start < stop <= L = {length}")
+
+
+@operation(
+    arrays="state x dt A B C D z dt_bias",
+    differentiable="state x dt A B C D z dt_bias",
+    source="paper 1, Eqs. (1)-(3)",
+)
+def selective_state_update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    *,
+    engine: str = "auto",
+) -> Any:
+    """One step of :func:`selective_scan`, for decoding token by token at a cost that does not grow.
+
+    With ``Δ = softplus(dt + dt_bias)`` (softplus only if ``dt_softplus``)::
+
+        h' = exp(Δ A_d) ∘ h + Δ B x
+        y  = ⟨C, h'⟩ + D_d x
+        y  = y · silu(z)                                    if z is given
+
+    Argument names and layouts are those of mamba-ssm's ``selective_state_update``, which however overwrites
+    ``state`` and returns y alone. This is a function: ``state`` is left as it is and the new one returned.
+
+    Args:
+        state: (b, d, N), the state before the token, in the dtype of x or in float32 beside half precision,
+            which loses nothing from token to token.
+        x: (b, d) one token. float64, float32, bfloat16 or float16; dt, z, B, C have the same dtype.
+        dt: (b, d) step size before bias and softplus.
+        A: (d, N) real decay rates, or (d,) or (d, 1), the scalar form. Parameters (A, D, dt_bias) may be float32
+            beside half-precision activations.
+        B: (b, N), or (b, G, N) with channel d in group ``d // (d_total / G)``.
+        C: like B.
+        D: (d,) skip connection, optional.
+        z: (b, d) gate, optional.
+        dt_bias: (d,) added to dt, optional.
+        dt_softplus: apply softplus to the step size.
+        engine: ``"auto"`` or the name of one engine of the backend.
+
+    Returns:
+        (y, new_state): y (b, d) in the dtype of x, new_state (b, d, N) in that of ``state``.
+
+    Raises:
+        ShapeError, DTypeError, OptionError, EngineError.
+
+    Cost:
+        O(b d N) time, whatever came before; the state is read and written once.
+
+    Source:
+        Paper 1, Eqs. (1)-(3).
+    """
+    name = "selective_state_update"
+    shapes = check.Shapes(name)
+    shapes.expect("state", state, "b d N")
+    for key, array in (("x", x), ("dt", dt), ("z", z)):
+        if array is not None:
+            shapes.expect(key, array, "b d")
+    shapes.expect("B", B, "b N", "b G N")
+    shapes.expect("C", C, "b N" if len(B.shape) == 2 else "b G N")
+    _check_channels(name, shapes, A, {"D": D, "dt_bias": dt_bias})
+    activation = check.expect_floats(name, {"x": x, "dt": dt, "z": z, "B": B, "C": C})
+    check.expect_parameters(name, activation, {"A": A, "D": D, "dt_bias": dt_bias, "state": state})

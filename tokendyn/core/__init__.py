@@ -34,6 +34,7 @@ from tokendyn.core._order import (
 )
 from tokendyn.core._parametrize import io_projections, io_projections_vjp, io_spectrum, io_spectrum_vjp
 from tokendyn.core._scan import selective_scan, selective_scan_vjp
+from tokendyn.core._step import selective_state_update, selective_state_update_vjp
 
 __all__ = [
     "attention_flow",
@@ -56,6 +57,8 @@ __all__ = [
     "put_tokens_vjp",
     "selective_scan",
     "selective_scan_vjp",
+    "selective_state_update",
+    "selective_state_update_vjp",
     "softsort",
     "softsort_matrix",
     "softsort_matrix_vjp",

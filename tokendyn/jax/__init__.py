@@ -19,6 +19,7 @@ io_projections = _bind(_ops.io_projections, "jax")
 io_spectrum = _bind(_ops.io_spectrum, "jax")
 put_tokens = _bind(_ops.put_tokens, "jax")
 selective_scan = _bind(_ops.selective_scan, "jax")
+selective_state_update = _bind(_ops.selective_state_update, "jax")
 softsort = _bind(_ops.softsort, "jax")
 softsort_matrix = _bind(_ops.softsort_matrix, "jax")
 softsort_restore = _bind(_ops.softsort_restore, "jax")
@@ -38,6 +39,7 @@ __all__ = [
     "io_spectrum",
     "put_tokens",
     "selective_scan",
+    "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

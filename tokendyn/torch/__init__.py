@@ -32,6 +32,7 @@ io_projections = _bind(_ops.io_projections, "torch")
 io_spectrum = _bind(_ops.io_spectrum, "torch")
 put_tokens = _bind(_ops.put_tokens, "torch")
 selective_scan = _bind(_ops.selective_scan, "torch")
+selective_state_update = _bind(_ops.selective_state_update, "torch")
 softsort = _bind(_ops.softsort, "torch")
 softsort_matrix = _bind(_ops.softsort_matrix, "torch")
 softsort_restore = _bind(_ops.softsort_restore, "torch")
@@ -61,6 +62,7 @@ __all__ = [
     "put_tokens",
     "record_orders",
     "selective_scan",
+    "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

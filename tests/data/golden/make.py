@@ -30,6 +30,8 @@ FROM_SPEC = (
     "selective_scan-packed",
     "selective_scan-padded",
     "selective_scan-extreme_steps",
+    "selective_state_update-groups",
+    "selective_state_update-bare",
     "hidden_attention-groups",
     "hidden_attention-packed_rows",
     "hidden_attention-padded",

@@ -12,6 +12,7 @@ from . import flows, maps, orders, scans
 
 GENERATORS = (
     scans.selective_scan,
+    scans.selective_state_update,
     scans.hidden_attention,
     scans.reordered_scan,
     orders.importance_score,

@@ -1,4 +1,4 @@
-"""Selective scans, their hidden attention, and a scan between an order and its inverse."""
+"""Selective scans, their single step, their hidden attention, and a scan between an order and its inverse."""
 
 from __future__ import annotations
 
@@ -200,6 +200,53 @@ def selective_scan() -> Iterator[Case]:
         ("bfloat16", "float16"),
         half_parameters=True,
         compiled=("bfloat16",),
+    )
+
+
+def step_arguments(rng: Rng, **options: Any) -> dict[str, Any]:
+    """Arguments of ``selective_state_update``: those of a scan of one token, by the step's names."""
+    options = {"given": "D z dt_bias", **options}
+    options["given"] = options["given"].replace("dt_bias", "delta_bias") + " initial_state"
+    scan = scan_arguments(rng, L=1, last=False, **options)
+    one_token = ("u", "delta", "B", "C", "z")
+    scan = {name: value[..., 0] if name in one_token else value for name, value in scan.items()}
+    return {
+        "state": scan.pop("initial_state"),
+        "x": scan.pop("u"),
+        **{name.replace("delta", "dt"): value for name, value in scan.items()},
+    }
+
+
+def selective_state_update() -> Iterator[Case]:
+    def case(
+        name: str, dtypes: tuple[str, ...] = WIDE, *, compiled: tuple[str, ...] | None = None, **options: Any
+    ) -> Case:
+        return Case(
+            "selective_state_update", name, lambda rng: step_arguments(rng, **options), dtypes, compiled=compiled
+        )
+
+    yield case("b=5", ALL, b=5)
+    yield case("bare", softplus=False, given="", compiled=ONCE)
+    yield case("D and bias", given="D dt_bias", compiled=NEVER)
+    yield case("bias and gate without softplus", softplus=False, given="dt_bias z", compiled=ONCE)
+    yield case("scalar A", ALL, A="scalar", compiled=ONCE)
+    yield case("scalar A as a column", A="column", compiled=NEVER)
+    yield case("groups", NO_FLOAT16, groups=2, compiled=ONCE)
+    yield case("a group a channel, scalar A", groups=4, A="scalar", compiled=NEVER)
+    yield case("huge steps", step=huge_steps)
+    yield case("tiny steps", step=tiny_steps)
+    yield case("extreme steps", step=extreme_steps)
+    yield case("growth", A=growing)
+    yield case("one of everything", b=1, d=1, N=1, compiled=ONCE)
+    yield case("tiles left over", b=1, d=19, N=17, compiled=ONCE)
+    yield Case("selective_state_update", "strided", lambda rng: step_arguments(rng, groups=2), strided=True)
+    yield Case(
+        "selective_state_update",
+        "state and parameters in half precision",
+        step_arguments,
+        ("bfloat16", "float16"),
+        half_parameters=True,
+        compiled=NEVER,
     )
 
 

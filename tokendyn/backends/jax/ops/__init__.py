@@ -29,6 +29,7 @@ from tokendyn.backends.jax.ops._order import (
 from tokendyn.backends.jax.ops._parametrize import io_projections
 from tokendyn.backends.jax.ops._scan import selective_scan
 from tokendyn.backends.jax.ops._spectrum import io_spectrum
+from tokendyn.backends.jax.ops._step import selective_state_update
 from tokendyn.errors import DTypeError
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "permutation_matrix",
     "put_tokens",
     "selective_scan",
+    "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

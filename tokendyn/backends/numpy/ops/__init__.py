@@ -17,6 +17,7 @@ from tokendyn.backends.numpy.ops._order import (
 )
 from tokendyn.backends.numpy.ops._parametrize import io_projections, io_spectrum
 from tokendyn.backends.numpy.ops._scan import selective_scan, selective_scan_vjp
+from tokendyn.backends.numpy.ops._step import selective_state_update, selective_state_update_vjp
 
 __all__ = [
     "attention_flow",
@@ -33,6 +34,8 @@ __all__ = [
     "put_tokens",
     "selective_scan",
     "selective_scan_vjp",
+    "selective_state_update",
+    "selective_state_update_vjp",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

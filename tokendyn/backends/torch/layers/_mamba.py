@@ -150,9 +150,9 @@ class Mamba(S6):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
         x = F.silu(F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner)).mT
-        y, state = self.scan(x, z, initial_state=ssm_state, return_last_state=True)
+        y, state = self.update(ssm_state, x[:, 0], z[:, 0])
         ssm_state.copy_(state)
-        return self.out_proj(y), conv_state, ssm_state
+        return self.out_proj(y.unsqueeze(1)), conv_state, ssm_state
 
     def _convolve(self, x: Tensor) -> Tensor:
         """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it."""

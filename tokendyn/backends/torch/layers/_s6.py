@@ -147,6 +147,21 @@ class S6(nn.Module):
         Returns:
             (b, L, d), and the last state (b, d, N) with ``return_last_state``.
         """
+        u, delta, A, B, C, D, z, bias = self._select(x, z)
+        out = ops.selective_scan(
+            u.mT, delta.mT, A, B.mT, C.mT, D, None if z is None else z.mT, bias, True, **options
+        )  # fmt: skip
+        if options.get("return_last_state"):
+            return out[0].mT, out[1]
+        return out.mT
+
+    def update(self, state: Tensor, x: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One token of :meth:`scan`: x, z (b, d) and the state (b, d, N) before it give y (b, d) and the next state."""
+        u, delta, A, B, C, D, z, bias = self._select(x, z)
+        return ops.selective_state_update(state, u, delta, A, B, C, D, z, bias, True)
+
+    def _select(self, x: Tensor, z: Tensor | None) -> tuple[Any, ...]:
+        """u, delta, A, B, C, D, z, delta_bias of the scan of x (..., d), tokens before channels."""
         if self.io_diagonal is None:
             weight = self.x_proj.weight
         else:
@@ -157,21 +172,16 @@ class S6(nn.Module):
         # Under autocast the projections are in half precision: u and z follow, the parameters stay in float32.
         exact = torch.promote_types(delta.dtype, torch.float32)
         bias = self.step_bias()
-        out = ops.selective_scan(
-            x.to(delta.dtype).mT,
-            delta.mT,
+        return (
+            x.to(delta.dtype),
+            delta,
             -torch.exp(self.A_log.to(exact)),
-            B.mT,
-            C.mT,
+            B,
+            C,
             None if self.D is None else self.D.to(exact),
-            None if z is None else z.to(delta.dtype).mT,
+            None if z is None else z.to(delta.dtype),
             None if bias is None else bias.to(exact),
-            True,
-            **options,
         )
-        if options.get("return_last_state"):
-            return out[0].mT, out[1]
-        return out.mT
 
     def forward(
         self,

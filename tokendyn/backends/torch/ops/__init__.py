@@ -25,6 +25,7 @@ from tokendyn.backends.torch.ops._order import (
 from tokendyn.backends.torch.ops._parametrize import io_projections
 from tokendyn.backends.torch.ops._scan import selective_scan
 from tokendyn.backends.torch.ops._spectrum import io_spectrum
+from tokendyn.backends.torch.ops._step import selective_state_update
 
 __all__ = [
     "attention_flow",
@@ -40,6 +41,7 @@ __all__ = [
     "permutation_matrix",
     "put_tokens",
     "selective_scan",
+    "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",

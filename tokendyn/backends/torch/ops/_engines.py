@@ -1,4 +1,4 @@
-"""Who runs a selective scan: a list of engines, each of which says what it declines and why.
+"""Who runs a call: for each operation a list of engines, each of which says what it declines and why.
 
 ``engine="auto"`` takes the first in the list that does not decline, and logs once who took a call on an
 accelerator and why the others did not; naming one that declines is an error with its reason. To add an
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tokendyn.backends.torch.ops import _mamba_ssm, _scan_chunked, _scan_plain
+from tokendyn.backends.torch.ops import _mamba_ssm, _scan_chunked, _scan_plain, _step_plain
 from tokendyn.errors import EngineError, OptionError
 
 _log = logging.getLogger(__name__)
@@ -25,51 +25,61 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
-class ScanCall:
+class Call:
     """What an engine may look at to decide: everything about a call except values.
 
     Attributes:
-        batch, channels, length, groups, state: the sizes b, d, L, G, N.
-        dtype: of u, delta, z, B, C.
+        dtype: of the activations.
         device: ``"cpu"``, ``"cuda"``, ...
+        state: the size N of the state.
+        needs_grad: some array requires a gradient and gradients are enabled.
+        transformed: a torch.func transform (grad, vmap, jvp) or forward-mode differentiation is active.
+    """
+
+    dtype: torch.dtype
+    device: str
+    state: int
+    needs_grad: bool
+    transformed: bool
+
+
+@dataclass(frozen=True)
+class ScanCall(Call):
+    """A call of ``selective_scan``.
+
+    Attributes:
+        batch, channels, length, groups: the sizes b, d, L, G.
         scalar_A: A is (d,) or (d, 1).
         given: names of the optional arrays that were given.
         delta_softplus, return_last_state: the options.
-        needs_grad: some array requires a gradient and gradients are enabled.
-        transformed: a torch.func transform (grad, vmap, jvp) or forward-mode differentiation is active.
     """
 
     batch: int
     channels: int
     length: int
     groups: int
-    state: int
-    dtype: torch.dtype
-    device: str
     scalar_A: bool
     given: frozenset[str]
     delta_softplus: bool
     return_last_state: bool
-    needs_grad: bool
-    transformed: bool
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to run a scan.
+    """One way to run an operation.
 
     Attributes:
         name: what users write.
         declines: the reason for not taking a call, or None.
-        run: takes the arguments of :func:`tokendyn.selective_scan` by keyword, except ``engine``.
+        run: takes the arguments of the operation, except ``engine``, optional ones by keyword.
     """
 
     name: str
-    declines: Callable[[ScanCall], str | None]
+    declines: Callable[[Any], str | None]
     run: Callable[..., Any]
 
 
-def _triton_declines(call: ScanCall) -> str | None:
+def _triton_declines(call: Call) -> str | None:
     if call.device != "cuda":
         return f"the arrays are on {call.device}, it needs an NVIDIA GPU"
     if not _HAS_TRITON:
@@ -83,18 +93,40 @@ def _triton_declines(call: ScanCall) -> str | None:
     return None
 
 
-def _triton_run(*args: Any, **options: Any) -> Any:
+def _triton_scan(*args: Any, **options: Any) -> Any:
     from tokendyn.backends.torch.ops import _scan_triton
 
     return _scan_triton.run(*args, **options)
 
 
-ENGINES: tuple[Engine, ...] = (
-    Engine("triton", _triton_declines, _triton_run),
-    Engine("mamba_ssm", _mamba_ssm.declines, _mamba_ssm.run),
-    Engine("chunked", _scan_chunked.declines, _scan_chunked.run),
-    Engine("plain", lambda call: None, _scan_plain.run),
-)
+def _triton_step_declines(call: Call) -> str | None:
+    if call.needs_grad:
+        return "it is for decoding and has no gradient"
+    return _triton_declines(call)
+
+
+def _triton_step(*args: Any, **options: Any) -> Any:
+    from tokendyn.backends.torch.ops import _step_triton
+
+    return _step_triton.run(*args, **options)
+
+
+def _takes_all(call: Call) -> None:
+    return None
+
+
+ENGINES: dict[str, tuple[Engine, ...]] = {
+    "selective_scan": (
+        Engine("triton", _triton_declines, _triton_scan),
+        Engine("mamba_ssm", _mamba_ssm.declines, _mamba_ssm.run),
+        Engine("chunked", _scan_chunked.declines, _scan_chunked.run),
+        Engine("plain", _takes_all, _scan_plain.run),
+    ),
+    "selective_state_update": (
+        Engine("triton", _triton_step_declines, _triton_step),
+        Engine("plain", _takes_all, _step_plain.run),
+    ),
+}
 
 
 def _say_once(line: str) -> None:
@@ -103,26 +135,26 @@ def _say_once(line: str) -> None:
         _log.info(line)
 
 
-def choose(name: str, call: ScanCall) -> Engine:
-    """The engine called ``name``, or with ``"auto"`` the first that takes ``call``.
+def choose(operation: str, name: str, call: Call) -> Engine:
+    """The engine of ``operation`` called ``name``, or with ``"auto"`` the first that takes ``call``.
 
     Raises:
         OptionError: no engine has this name.
         EngineError: it declines; the message has its reason.
     """
     declined: list[str] = []
-    for engine in ENGINES:
+    for engine in ENGINES[operation]:
         if name not in ("auto", engine.name):
             continue
         reason = engine.declines(call)
         if reason is None:
             if declined and call.device != "cpu" and not torch.compiler.is_compiling():
-                _say_once(f"selective_scan: engine {engine.name!r} takes the call; {'; '.join(declined)}")
+                _say_once(f"{operation}: engine {engine.name!r} takes the call; {'; '.join(declined)}")
             return engine
         declined.append(f"{engine.name!r} declined: {reason}")
         if name == engine.name:
             raise EngineError(
-                f"selective_scan: engine {name!r} cannot take this call: {reason}; choose engine='auto' or another"
+                f"{operation}: engine {name!r} cannot take this call: {reason}; choose engine='auto' or another"
             )
-    choices = ", ".join(repr(known) for known in ("auto", *(engine.name for engine in ENGINES)))
-    raise OptionError(f"selective_scan: engine is {name!r}, expected one of {choices}")
+    choices = ", ".join(repr(known) for known in ("auto", *(engine.name for engine in ENGINES[operation])))
+    raise OptionError(f"{operation}: engine is {name!r}, expected one of {choices}")

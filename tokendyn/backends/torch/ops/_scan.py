@@ -53,6 +53,6 @@ def selective_scan(
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, *given.values())),
         transformed=transformed(),
     )
-    return choose(engine, call).run(
+    return choose("selective_scan", engine, call).run(
         u, delta, A, B, C, delta_softplus=delta_softplus, return_last_state=return_last_state, **given
     )
