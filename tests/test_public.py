@@ -32,6 +32,9 @@ OPERATION_NAMES = [
 ]
 
 MODELS = [
+    "MambaLM",
+    "MambaLMConfig",
+    "mamba_lm_130m",
     "MambaVision",
     "MambaVisionMixer",
     "mambavision_16px",
@@ -44,14 +47,14 @@ PUBLIC: dict[str, list[str]] = {
     "tokendyn": [
         *OPERATION_NAMES,
         *("IOSpectrum", "Order", "OrderConfig", "token_order", "random_inputs", "backend", "use"),
-        *("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t"),
+        *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
         *("Regime", "SphereRegime", "Trajectory", "classify", "classify_sphere", "simulate", "simulate_sphere"),
         *("core", "errors", "jax", "torch", "__version__"),
     ],
     "tokendyn.torch": [
         *OPERATION_NAMES,
         *("token_order", "models", "OrderConfig", "OrderRecord", "TokenOrdering", "record_orders"),
-        *("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t"),
+        *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
     ],
     "tokendyn.torch.models": MODELS,
     "tokendyn.jax": [*OPERATION_NAMES, "token_order"],

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tokendyn.core._trajectory import Trajectory
 
     # The constructors follow the backend chosen; a type checker is shown PyTorch's.
-    from tokendyn.torch import S6, Mamba, MambaVision, TokenReorder, mambavision_t
+    from tokendyn.torch import S6, Mamba, MambaLM, MambaVision, TokenReorder, mamba_lm_130m, mambavision_t
 
 __version__ = "0.1.0"
 
@@ -82,12 +82,13 @@ _LAZY = {
     **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "errors", "jax", "torch")
-_CONSTRUCTORS = ("Mamba", "MambaVision", "S6", "TokenReorder", "mambavision_t")
+_CONSTRUCTORS = ("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t")
 
 __all__ = [
     "S6",
     "IOSpectrum",
     "Mamba",
+    "MambaLM",
     "MambaVision",
     "Order",
     "OrderConfig",
@@ -111,6 +112,7 @@ __all__ = [
     "io_projections",
     "io_spectrum",
     "jax",
+    "mamba_lm_130m",
     "mambavision_t",
     "put_tokens",
     "random_inputs",

@@ -23,14 +23,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from tokendyn.backends.torch._tensor_files import PICKLE_SUFFIXES, read_tensors, refusal, write_tensors
 from tokendyn.errors import CheckpointError
 from tokendyn.experiments._files import encode_json, new_folder, sha256
 
 FORMAT = 1
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle; the zip archive that torch.save writes
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     try:
         with new_folder(place) as temporary:
             for group, tensors in checkpoint.tensors.items():
-                save_file(_separate(tensors), temporary / f"{group}.safetensors")
+                write_tensors(temporary / f"{group}.safetensors", tensors)
             (temporary / "state.json").write_bytes(encode_json(checkpoint.state))
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -85,7 +83,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         return None
     for stranger in sorted(folder.iterdir()):
         if stranger.suffix.lower() in PICKLE_SUFFIXES:
-            say(_refusal(stranger))
+            say(refusal(stranger))
     candidates = _found(folder)
     for place in (path for _, path in candidates):
         try:
@@ -128,23 +126,6 @@ def load_checkpoint(place: Path) -> Checkpoint:
     return Checkpoint(manifest["step"], tensors, json.loads((place / "state.json").read_bytes()))
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. A pickle is refused, by name and by content.
-
-    Raises:
-        CheckpointError: it is a pickle, or no safetensors file.
-    """
-    with file.open("rb") as opened:
-        start = opened.read(9)
-    # A safetensors file begins with the length of its header (8 bytes), then "{".
-    if file.suffix.lower() in PICKLE_SUFFIXES or (start.startswith(_PICKLE_STARTS) and start[8:] != b"{"):
-        raise CheckpointError(_refusal(file))
-    try:
-        return load_file(file)
-    except SafetensorError as cause:
-        raise CheckpointError(f"{file} is no safetensors file ({cause})") from cause
-
-
 def _read_manifest(place: Path) -> dict[str, Any]:
     file = place / "manifest.json"
     try:
@@ -165,26 +146,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _refusal(file: Path) -> str:
-    return (
-        f"{file} is refused: it is a pickle (what torch.save writes), and reading one can run any code; "
-        f"convert it to safetensors first"
-    )
-
-
 def _found(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoints below ``folder`` as (step, path), newest first."""
     places = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(((int(path.name[5:]), path) for path in places), reverse=True)
-
-
-def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors that share no memory, as safetensors asks: tied weights are written twice."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return separate

@@ -19,7 +19,7 @@ from tokendyn.backends.torch.layers import (  # noqa: E402
     record_orders,
 )
 from tokendyn.torch import models  # noqa: E402
-from tokendyn.torch.models import MambaVision, mambavision_t  # noqa: E402
+from tokendyn.torch.models import MambaLM, MambaVision, mamba_lm_130m, mambavision_t  # noqa: E402
 
 attention_flow = _bind(_ops.attention_flow, "torch")
 autoregressive_flow = _bind(_ops.autoregressive_flow, "torch")
@@ -43,6 +43,7 @@ token_order = _bind(_ops.token_order, "torch")
 __all__ = [
     "S6",
     "Mamba",
+    "MambaLM",
     "MambaVision",
     "OrderConfig",
     "OrderRecord",
@@ -57,6 +58,7 @@ __all__ = [
     "importance_score",
     "io_projections",
     "io_spectrum",
+    "mamba_lm_130m",
     "mambavision_t",
     "models",
     "put_tokens",

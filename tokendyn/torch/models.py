@@ -1,8 +1,11 @@
 """Trainable models on PyTorch."""
 
 from tokendyn.backends.torch.models import (
+    MambaLM,
+    MambaLMConfig,
     MambaVision,
     MambaVisionMixer,
+    mamba_lm_130m,
     mambavision_16px,
     mambavision_32px,
     mambavision_64px,
@@ -10,8 +13,11 @@ from tokendyn.backends.torch.models import (
 )
 
 __all__ = [
+    "MambaLM",
+    "MambaLMConfig",
     "MambaVision",
     "MambaVisionMixer",
+    "mamba_lm_130m",
     "mambavision_16px",
     "mambavision_32px",
     "mambavision_64px",

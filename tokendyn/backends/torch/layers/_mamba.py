@@ -27,7 +27,8 @@ class Mamba(S6):
 
     Args:
         d_model: channels of input and output.
-        d_state, d_conv, expand: state size N, kernel of the convolution, d_inner = expand · d_model.
+        d_state, d_conv, expand: state size N, kernel of the convolution (None: no convolution, as in paper 1's
+            Table 10), d_inner = expand · d_model.
         dt_rank: rank of S_Δ; ``"auto"`` for ⌈d_model/16⌉, None for a dense one.
         dt_min, dt_max, dt_init, dt_scale, dt_init_floor: see :class:`S6`.
         conv_bias, bias: biases of the convolution; of in_proj and out_proj.
@@ -53,7 +54,7 @@ class Mamba(S6):
         self,
         d_model: int,
         d_state: int = 16,
-        d_conv: int = 4,
+        d_conv: int | None = 4,
         expand: float = 2,
         dt_rank: int | str | None = "auto",
         dt_min: float = 0.001,
@@ -74,7 +75,8 @@ class Mamba(S6):
         order: OrderConfig | str | None = None,
     ) -> None:
         check.expect_size("Mamba", "d_model", d_model)
-        check.expect_size("Mamba", "d_conv", d_conv)
+        if d_conv is not None:
+            check.expect_size("Mamba", "d_conv", d_conv)
         d_inner = int(expand * d_model)
         super().__init__(
             d_inner,
@@ -99,7 +101,11 @@ class Mamba(S6):
         self.layer_idx = layer_idx
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, **options)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias, **options)
+        self.conv1d = None
+        if d_conv is not None:
+            self.conv1d = nn.Conv1d(
+                d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias, **options
+            )
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **options)
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
@@ -133,12 +139,25 @@ class Mamba(S6):
         ``max_seqlen`` is accepted for mamba-ssm's sake; the states do not grow. The scan's state is kept in float32
         where ``dtype`` is a half precision.
         """
-        weight = self.conv1d.weight
+        self._expect_decodable()
+        weight = self.in_proj.weight
         dtype = dtype or weight.dtype
         return (
-            weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype),
+            weight.new_zeros(batch_size, self.d_inner, self.d_conv or 0, dtype=dtype),
             weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=torch.promote_types(dtype, torch.float32)),
         )
+
+    def prefill(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole prompt (b, L, d_model) → (b, L, d_model), from the beginning of the sequences.
+
+        The two states are set in place to those after its last token, and returned.
+        """
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if self.d_conv is not None:
+            conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
+        y, state = self.scan(self._convolve(x), z, return_last_state=True)
+        ssm_state.copy_(state)
+        return self.out_proj(y), conv_state, ssm_state
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token: (b, 1, d_model) → (b, 1, d_model). The two states are advanced in place and returned."""
@@ -148,32 +167,33 @@ class Mamba(S6):
                 f"call forward for a whole prompt"
             )
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
-        x = F.silu(F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner)).mT
+        if self.conv1d is not None:
+            conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
+            x = F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner).mT
+        x = F.silu(x)
         y, state = self.update(ssm_state, x[:, 0], z[:, 0])
         ssm_state.copy_(state)
         return self.out_proj(y.unsqueeze(1)), conv_state, ssm_state
 
     def _convolve(self, x: Tensor) -> Tensor:
         """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it."""
+        if self.conv1d is None:
+            return F.silu(x)
         return F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
 
-    def _decode(self, hidden_states: Tensor, inference_params: Any) -> Tensor:
+    def _expect_decodable(self) -> None:
         if self.order is not None:
             raise OptionError(
-                "Mamba: inference_params was given to a block with order=; an order needs the whole sequence and "
-                "cannot be decoded token by token, call without inference_params"
+                "Mamba: states for decoding were asked of a block with order=; an order needs the whole sequence and "
+                "cannot be decoded token by token, call forward without inference_params"
             )
+
+    def _decode(self, hidden_states: Tensor, inference_params: Any) -> Tensor:
+        self._expect_decodable()
         if self.layer_idx is None:
             raise OptionError("Mamba: inference_params was given but layer_idx is None; construct with layer_idx=")
         cache = inference_params.key_value_memory_dict
         if self.layer_idx not in cache:
             cache[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], 0)
-        conv_state, ssm_state = cache[self.layer_idx]
-        if inference_params.seqlen_offset > 0:
-            return self.step(hidden_states, conv_state, ssm_state)[0]
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
-        y, state = self.scan(self._convolve(x), z, return_last_state=True)
-        ssm_state.copy_(state)
-        return self.out_proj(y)
+        advance = self.step if inference_params.seqlen_offset > 0 else self.prefill
+        return advance(hidden_states, *cache[self.layer_idx])[0]

@@ -1,5 +1,6 @@
 """Models on PyTorch."""
 
+from tokendyn.backends.torch.models._mamba_lm import MambaLM, MambaLMConfig, mamba_lm_130m
 from tokendyn.backends.torch.models._mambavision import (
     MambaVision,
     mambavision_16px,
@@ -10,8 +11,11 @@ from tokendyn.backends.torch.models._mambavision import (
 from tokendyn.backends.torch.models._mambavision_mixer import MambaVisionMixer
 
 __all__ = [
+    "MambaLM",
+    "MambaLMConfig",
     "MambaVision",
     "MambaVisionMixer",
+    "mamba_lm_130m",
     "mambavision_16px",
     "mambavision_32px",
     "mambavision_64px",
