@@ -15,6 +15,8 @@ CONSTRUCTORS: dict[str, tuple[str, ...]] = {
     "S6": ("torch",),
     "Mamba": ("torch",),
     "TokenReorder": ("torch",),
+    "MambaLM": ("torch",),
+    "mamba_lm_130m": ("torch",),
     "MambaVision": ("torch",),
     "mambavision_t": ("torch",),
 }
