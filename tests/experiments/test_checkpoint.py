@@ -139,7 +139,7 @@ def test_a_disk_that_cannot_be_written_leaves_older_checkpoints(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tokendyn.experiments._checkpoint.save_file", full)
+    monkeypatch.setattr("tokendyn.experiments._checkpoint.write_tensors", full)
     with pytest.raises(CheckpointError, match=r"step 2 cannot be written .*No space left.*steps 1\)"):
         save_checkpoint(tmp_path, make(2), keep=1)
     assert [place.name for place in tmp_path.iterdir()] == ["step-00000001"]
