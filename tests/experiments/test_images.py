@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from tests.experiments.trees import write_image, write_tree
 from tokendyn.errors import DataError
+from tokendyn.experiments import _cli
+from tokendyn.experiments.imagenet import pack
 from tokendyn.experiments.imagenet._batches import (
     Augmentation,
     crop,
@@ -23,6 +26,7 @@ from tokendyn.experiments.imagenet._batches import (
     readable_batch,
 )
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder, read_image
+from tokendyn.experiments.imagenet._packed import load_packed
 
 LIMIT = 10**6
 
@@ -263,3 +267,35 @@ def test_zoomed_crops_lie_inside_the_image() -> None:
     assert 0.34 < (height * width).min() < 0.36
     assert 1.3 < (width / height).max() < 4 / 3 + 1e-5
     assert (epoch_zoom(20, 0, 1, 0.35) != epoch_zoom(20, 0, 0, 0.35)).any()
+
+
+def test_a_packed_tree_is_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree, file = write_tree(tmp_path / "tree"), tmp_path / "packed.safetensors"
+    truncate(tree)
+    assert _cli.run(pack.command, [str(tree), str(file)]) == 0
+    assert "22 images" in capsys.readouterr().out
+    for cache_mb in (0, 10):
+        options: dict[str, Any] = {"size": 16, "cache_mb": cache_mb, "max_pixels": LIMIT, "skip_corrupt": True}
+        packed, loose = load_packed(file, **options), load_folder(str(tree), **options)
+        assert packed.fingerprint == loose.fingerprint
+        assert packed.classes == loose.classes
+        for one, other in ((packed.held_out, loose.held_out), (packed.train, loose.train)):
+            pixels, problems = one.read(np.arange(len(one)))
+            expected, as_well = other.read(np.arange(len(other)))
+            np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(one.labels, other.labels)
+            assert problems.keys() == as_well.keys()
+        assert "packed.safetensors/train/class1/004.png cannot be decoded" in one.read(np.array([12]))[1][0]
+
+
+def test_files_that_are_no_packed_tree(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    options = {"size": 16, "cache_mb": 1, "max_pixels": 10**6, "skip_corrupt": False}
+    with pytest.raises(DataError, match="is no packed tree"):
+        load_packed(file, **options)
+    file.write_bytes(b"\x80\x05 a pickle")
+    with pytest.raises(DataError, match="is no packed tree"):
+        load_packed(file, **options)
+    save_file({"bytes": np.zeros(4, np.uint8), "offsets": np.array([0, 9]), "names": np.zeros(3, np.uint8)}, file)
+    with pytest.raises(DataError, match="is no packed tree"):
+        load_packed(file, **options)

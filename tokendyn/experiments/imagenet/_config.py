@@ -25,7 +25,7 @@ class DataConfig:
     """Images: an ImageFolder tree, or without one scikit-learn's digits."""
 
     data_dir: str | None = None
-    """Folder that holds train/CLASS/* and val/CLASS/*."""
+    """Folder that holds train/CLASS/* and val/CLASS/*, or a file that imagenet.pack made of one."""
     image_size: int = 16
     """Pixels on a side; the shorter side is brought to it, and the centre cut out."""
     crop_padding: int = 2

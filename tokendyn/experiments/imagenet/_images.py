@@ -1,4 +1,4 @@
-"""Images as arrays: ImageFolder trees, and scikit-learn's digits.
+"""Images as arrays: ImageFolder trees, the same packed into one file, and scikit-learn's digits.
 
 An image is brought to one size when it is read (shorter side to that size, centre crop); what fits into
 memory is read once, before the training, and everything else when it is needed. Decoding is Pillow's.
@@ -6,8 +6,11 @@ memory is read once, before the training, and everything else when it is needed.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ class ImageSet:
         names: one a image, for messages.
         labels: (n,) int64.
         pixels: (n, size, size, 3) uint8 if all are in memory, else None.
-        files: paths, if they are read when needed.
+        files: paths or contents of the files, if they are read when needed.
         unreadable: image -> why it cannot be read, of those in memory.
     """
 
@@ -40,7 +43,7 @@ class ImageSet:
     size: int
     max_pixels: int
     pixels: np.ndarray | None = None
-    files: list[Path] = field(default_factory=list)
+    files: Sequence[Path | bytes] = ()
     unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class ImageSet:
         problems = {}
         for place, index in enumerate(indices.tolist()):
             try:
-                out[place] = read_image(self.files[index], self.size, self.max_pixels)
+                out[place] = read_image(self.files[index], self.size, self.max_pixels, self.names[index])
             except DataError as problem:
                 problems[place] = str(problem)
         return out, problems
@@ -73,16 +76,21 @@ class Images:
     fingerprint: dict[str, Any]
 
 
-def read_image(file: Path, size: int, max_pixels: int) -> np.ndarray:
+def read_image(source: Path | bytes, size: int, max_pixels: int, name: str | None = None) -> np.ndarray:
     """The image as (size, size, 3) uint8: RGB, shorter side to ``size`` (bilinear, antialiased), centre crop.
+
+    Args:
+        source: a file, or its content.
+        name: what messages call it; the path by default.
 
     Raises:
         DataError: it is missing, no image, truncated, or has more than ``max_pixels`` pixels.
     """
+    file = str(source) if name is None else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warnings on size and odd metadata
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise DataError(
@@ -123,7 +131,24 @@ def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_co
     base = Path(root)
     if not base.is_dir():
         raise DataError(f"--data-dir {root} is no folder; expected one that holds train/CLASS/* and val/CLASS/*")
-    found = {split: _scan(base, split) for split in SPLITS}
+    found = {split: image_files(base, split) for split in SPLITS}
+    files = {
+        split: {name: [(file.relative_to(base).as_posix(), file) for file in entries] for name, entries in of.items()}
+        for split, of in found.items()
+    }
+    return assemble(base, files, size=size, cache_mb=cache_mb, max_pixels=max_pixels, skip_corrupt=skip_corrupt)
+
+
+def assemble(
+    base: Path,
+    found: dict[str, dict[str, list[tuple[str, Path | bytes]]]],
+    *,
+    size: int,
+    cache_mb: int,
+    max_pixels: int,
+    skip_corrupt: bool,
+) -> Images:
+    """Both splits of a data set. ``found``: split -> class -> files as (name below ``base``, source), all sorted."""
     classes = tuple(found["train"])
     if set(classes) != set(found["val"]):
         only_train = sorted(set(classes) - set(found["val"]))
@@ -142,21 +167,23 @@ def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_co
     cached = count * size * size * 3 <= cache_mb * 2**20
     sets = []
     for split in SPLITS:
-        files = [file for name in classes for file in found[split][name]]
+        files = [entry for name in classes for entry in found[split][name]]
         labels = np.concatenate([np.full(len(found[split][name]), i, np.int64) for i, name in enumerate(classes)])
-        images = ImageSet([str(file) for file in files], labels, size, max_pixels, files=files)
+        names = [str(base / name) for name, _ in files]
+        images = ImageSet(names, labels, size, max_pixels, files=[source for _, source in files])
         if cached:
             _decode_all(images, skip_corrupt)
         elif not skip_corrupt:
             for name in classes:
-                read_image(found[split][name][0], size, max_pixels)
+                first, source = found[split][name][0]
+                read_image(source, size, max_pixels, str(base / first))
         sets.append(images)
     fingerprint = {
         "kind": "folder",
         "classes": len(classes),
         "train": len(sets[0]),
         "held_out": len(sets[1]),
-        "names": _digest(base, sets),
+        "names": _digest([name for split in SPLITS for of in classes for name, _ in found[split][of]]),
     }
     return Images(classes, sets[0], sets[1], fingerprint)
 
@@ -182,7 +209,7 @@ def load_digits(size: int) -> Images:
     return Images(tuple("0123456789"), train, held_out, fingerprint)
 
 
-def _scan(base: Path, split: str) -> dict[str, list[Path]]:
+def image_files(base: Path, split: str) -> dict[str, list[Path]]:
     """Class -> its image files, both sorted."""
     folder = base / split
     if not folder.is_dir():
@@ -191,7 +218,7 @@ def _scan(base: Path, split: str) -> dict[str, list[Path]]:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if not names:
             raise DataError(f"{folder} holds no class folders; expected {folder}/CLASS/*")
-        classes = {name: _image_files(folder / name) for name in names}
+        classes = {name: _files_below(folder / name) for name in names}
     except OSError as cause:
         raise DataError(f"{folder} cannot be read ({cause})") from cause
     for name, files in classes.items():
@@ -200,7 +227,7 @@ def _scan(base: Path, split: str) -> dict[str, list[Path]]:
     return classes
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
     files, visited = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -216,22 +243,16 @@ def _decode_all(images: ImageSet, skip_corrupt: bool) -> None:
     pixels = np.zeros((len(images), images.size, images.size, 3), np.uint8)
     for index, file in enumerate(images.files):
         try:
-            pixels[index] = read_image(file, images.size, images.max_pixels)
+            pixels[index] = read_image(file, images.size, images.max_pixels, images.names[index])
         except DataError as problem:
             if not skip_corrupt:
                 raise DataError(f"{problem}; --skip-corrupt trains without such images") from problem
             images.unreadable[index] = str(problem)
     if len(images.unreadable) == len(images):
-        raise DataError(f"none of the {len(images)} images beside {images.files[0]} can be read")
+        raise DataError(f"none of the {len(images)} images beside {images.names[0]} can be read")
     images.pixels = pixels
 
 
-def _digest(base: Path, sets: list[ImageSet]) -> str:
+def _digest(names: Iterable[str]) -> str:
     """SHA-256 of all names below the tree."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for images in sets:
-        for file in images.files:
-            digest.update(f"{file.relative_to(base).as_posix()}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
+from typing import Any
 
 from tokendyn.errors import OptionError
 from tokendyn.experiments._run_folder import open_folder
@@ -11,6 +13,7 @@ from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import resolve_device
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
+from tokendyn.experiments.imagenet._packed import SUFFIX, load_packed
 from tokendyn.experiments.imagenet._report import write_report
 from tokendyn.experiments.imagenet._task import ImageTasks
 
@@ -69,10 +72,12 @@ def load_images(preset: str, config: ImageNetConfig) -> Images:
                 f"the preset {preset} needs images; give --data-dir FOLDER with train/CLASS/* and val/CLASS/*"
             )
         return load_digits(data.image_size)
-    return load_folder(
-        data.data_dir,
-        size=data.image_size,
-        cache_mb=data.cache_mb,
-        max_pixels=int(data.max_megapixels * 1e6),
-        skip_corrupt=data.skip_corrupt,
-    )
+    options: dict[str, Any] = {
+        "size": data.image_size,
+        "cache_mb": data.cache_mb,
+        "max_pixels": int(data.max_megapixels * 1e6),
+        "skip_corrupt": data.skip_corrupt,
+    }
+    if Path(data.data_dir).suffix == SUFFIX:
+        return load_packed(Path(data.data_dir), **options)
+    return load_folder(data.data_dir, **options)
