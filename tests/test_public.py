@@ -32,6 +32,12 @@ OPERATION_NAMES = [
 ]
 
 MODELS = [
+    "H3LM",
+    "H3LMConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "TransformerLM",
+    "TransformerLMConfig",
     "MambaLM",
     "MambaLMConfig",
     "mamba_lm_130m",
@@ -48,6 +54,7 @@ PUBLIC: dict[str, list[str]] = {
         *OPERATION_NAMES,
         *("IOSpectrum", "Order", "OrderConfig", "token_order", "random_inputs", "backend", "use"),
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
+        *("CausalAttention", "H3", "H3LM", "TransformerLM"),
         *("Regime", "SphereRegime", "Trajectory", "classify", "classify_sphere", "simulate", "simulate_sphere"),
         *("core", "errors", "jax", "torch", "__version__"),
     ],
@@ -55,6 +62,7 @@ PUBLIC: dict[str, list[str]] = {
         *OPERATION_NAMES,
         *("token_order", "models", "OrderConfig", "OrderRecord", "TokenOrdering", "record_orders"),
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
+        *("CausalAttention", "H3", "H3LM", "TransformerLM"),
     ],
     "tokendyn.torch.models": MODELS,
     "tokendyn.jax": [*OPERATION_NAMES, "token_order"],

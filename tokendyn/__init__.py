@@ -44,7 +44,19 @@ if TYPE_CHECKING:
     from tokendyn.core._trajectory import Trajectory
 
     # The constructors follow the backend chosen; a type checker is shown PyTorch's.
-    from tokendyn.torch import S6, Mamba, MambaLM, MambaVision, TokenReorder, mamba_lm_130m, mambavision_t
+    from tokendyn.torch import (
+        H3,
+        H3LM,
+        S6,
+        CausalAttention,
+        Mamba,
+        MambaLM,
+        MambaVision,
+        TokenReorder,
+        TransformerLM,
+        mamba_lm_130m,
+        mambavision_t,
+    )
 
 __version__ = "0.1.0"
 
@@ -82,10 +94,25 @@ _LAZY = {
     **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "errors", "jax", "torch")
-_CONSTRUCTORS = ("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t")
+_CONSTRUCTORS = (
+    "CausalAttention",
+    "H3",
+    "H3LM",
+    "Mamba",
+    "MambaLM",
+    "MambaVision",
+    "S6",
+    "TokenReorder",
+    "TransformerLM",
+    "mamba_lm_130m",
+    "mambavision_t",
+)
 
 __all__ = [
+    "H3",
+    "H3LM",
     "S6",
+    "CausalAttention",
     "IOSpectrum",
     "Mamba",
     "MambaLM",
@@ -96,6 +123,7 @@ __all__ = [
     "SphereRegime",
     "TokenReorder",
     "Trajectory",
+    "TransformerLM",
     "__version__",
     "attention_flow",
     "autoregressive_flow",

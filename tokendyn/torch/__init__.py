@@ -11,7 +11,9 @@ _load_backend("torch")
 # After the check that torch can be imported, which has the clearer message.
 from tokendyn._layers import OrderConfig  # noqa: E402
 from tokendyn.backends.torch.layers import (  # noqa: E402
+    H3,
     S6,
+    CausalAttention,
     Mamba,
     OrderRecord,
     TokenOrdering,
@@ -19,7 +21,7 @@ from tokendyn.backends.torch.layers import (  # noqa: E402
     record_orders,
 )
 from tokendyn.torch import models  # noqa: E402
-from tokendyn.torch.models import MambaLM, MambaVision, mamba_lm_130m, mambavision_t  # noqa: E402
+from tokendyn.torch.models import H3LM, MambaLM, MambaVision, TransformerLM, mamba_lm_130m, mambavision_t  # noqa: E402
 
 attention_flow = _bind(_ops.attention_flow, "torch")
 autoregressive_flow = _bind(_ops.autoregressive_flow, "torch")
@@ -41,7 +43,10 @@ take_tokens = _bind(_ops.take_tokens, "torch")
 token_order = _bind(_ops.token_order, "torch")
 
 __all__ = [
+    "H3",
+    "H3LM",
     "S6",
+    "CausalAttention",
     "Mamba",
     "MambaLM",
     "MambaVision",
@@ -49,6 +54,7 @@ __all__ = [
     "OrderRecord",
     "TokenOrdering",
     "TokenReorder",
+    "TransformerLM",
     "attention_flow",
     "autoregressive_flow",
     "effective_tokens",

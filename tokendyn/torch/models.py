@@ -1,10 +1,16 @@
 """Trainable models on PyTorch."""
 
 from tokendyn.backends.torch.models import (
+    H3LM,
+    H3LMConfig,
+    LanguageModel,
+    LanguageModelConfig,
     MambaLM,
     MambaLMConfig,
     MambaVision,
     MambaVisionMixer,
+    TransformerLM,
+    TransformerLMConfig,
     mamba_lm_130m,
     mambavision_16px,
     mambavision_32px,
@@ -13,10 +19,16 @@ from tokendyn.backends.torch.models import (
 )
 
 __all__ = [
+    "H3LM",
+    "H3LMConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
     "MambaLM",
     "MambaLMConfig",
     "MambaVision",
     "MambaVisionMixer",
+    "TransformerLM",
+    "TransformerLMConfig",
     "mamba_lm_130m",
     "mambavision_16px",
     "mambavision_32px",
