@@ -32,7 +32,7 @@ FLAG_LIST = """
 --clip-norm --ema-decay --log-every --evaluate-every --checkpoint-every --keep-checkpoints
 --device --threads --precision --compile --no-compile --channels-last --no-channels-last
 --deterministic --no-deterministic
---out --resume --jobs --workers --max-minutes --print-config
+--out --resume --jobs --workers --log-to --max-minutes --print-config
 """
 FLAGS = FLAG_LIST.split()
 

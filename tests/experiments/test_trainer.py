@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,11 +18,14 @@ import torch
 from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, trainer
 from tokendyn.errors import CheckpointError, DataError, NonFiniteError, OptionError
 from tokendyn.experiments import _random
+from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import TrainConfig
+from tokendyn.experiments._loggers import LOGGERS
 from tokendyn.experiments._optim import learning_rate, make_optimizer
-from tokendyn.experiments._records import read_records
-from tokendyn.experiments._trainer import Batch, load_trained, numerics, resolve_device
+from tokendyn.experiments._records import Records, read_records
+from tokendyn.experiments._task import Batch
+from tokendyn.experiments._trainer import load_trained, numerics, resolve_device
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,8 +141,16 @@ def test_arms_start_equal_in_what_they_share(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     run = trainer(tmp_path, TinyTask(nan_at=7))
-    with pytest.raises(NonFiniteError, match=r"tiny, seed 3, step 8 of 12: the loss is nan.*the update was not made"):
+    message = (
+        r"tiny, seed 3, step 8 of 12: the loss is nan \(first found in the input of body\.0 \(Linear\)\); the update "
+        r"was not made\. The batch is kept in (\S+)\. "
+    )
+    with pytest.raises(NonFiniteError, match=message) as raised:
         run.run()
+    found = re.search(message, str(raised.value))
+    assert found is not None
+    (points,) = read_tensors(Path(found[1])).values()
+    torch.testing.assert_close(points, TinyTask(nan_at=7).batch(7).tensors["points"], rtol=0, atol=0, equal_nan=True)
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
     good = trainer(tmp_path / "good", recorder=Recorder(stop_after=7))
     with pytest.raises(Stopped):
@@ -144,11 +159,141 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
         assert torch.equal(value, good.model.state_dict()[name])
 
 
-def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path: Path) -> None:
+def test_the_layer_that_overflows_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path)
-    run.model["head"].bias.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(NonFiniteError, match=r"step 1 of 12: the norm of the gradient is inf.*head\.bias"):
+    run.model["body"][1].register_forward_hook(lambda _, __, out: out / 0)
+    with pytest.raises(NonFiniteError, match=r"first found in the output of body\.1 \(Tanh\)"):
         run.run()
+    with torch.no_grad():
+        run.model["head"].weight[0, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"first found in the parameter head\.weight"):
+        run.run()
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path: Path, value: str) -> None:
+    run = trainer(tmp_path)
+    run.model["body"][0].bias.register_hook(lambda gradient: gradient * float(value))
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    message = rf"step 1 of 12: the norm of the gradient is {value} \(first found in body\.0\.bias\.grad, in 1 param"
+    with pytest.raises(NonFiniteError, match=message):
+        run.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+
+
+def test_a_batch_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, TinyTask(nan_at=0))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tokendyn.experiments._trainer.write_with", full)
+    with pytest.raises(NonFiniteError, match=r"The batch could not be kept \(.*No space left"):
+        run.run()
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """While the block runs no file can grow beyond ``size`` bytes: the system itself says no."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = r"checkpoint of step 4 cannot be written .*whole checkpoints there: steps none"
+    with largest_file(600), pytest.raises(CheckpointError, match=message):
+        trainer(tmp_path).run()
+    run = trainer(tmp_path)
+    append, size = Records.append, len(uninterrupted["metrics.jsonl"]) - 5
+    with monkeypatch.context() as patch:  # checkpoints are larger than metrics, so the limit is for these alone
+
+        def limited(records: Records, record: dict[str, Any]) -> None:
+            with largest_file(size):
+                append(records, record)
+
+        patch.setattr(Records, "append", limited)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written .*make room"):
+            run.run()
+    assert run.step == 12
+    recorder = Recorder()
+    trainer(tmp_path, recorder=recorder).run()
+    assert recorder.started == [("tiny, seed 3", 12, 8)]
+    assert contents(tmp_path) == uninterrupted
+
+
+class FailingLogger:
+    """Fails at its third record; its construction fails where the folder's name says so."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        if "unmade" in folder.name:
+            raise ConnectionError("no route\nto host")
+        self.count = 0
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.count += 1
+        if self.count == 3:
+            raise SystemExit("the logger wants to end the process")
+
+    def close(self) -> None:
+        raise AssertionError("closed after a failure")
+
+
+class GoodLogger:
+    seen: ClassVar[list[tuple[int, dict[str, float]]]] = []
+    closed = False
+
+    def __init__(self, folder: Path, name: str) -> None:
+        pass
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.seen.append((step, values))
+
+    def close(self) -> None:
+        GoodLogger.closed = True
+
+
+def test_loggers_that_fail_stop_nothing(
+    tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGERS, "trackio", FailingLogger)
+    monkeypatch.setitem(LOGGERS, "tensorboard", GoodLogger)
+    GoodLogger.seen.clear()
+    for folder in (tmp_path / "made", tmp_path / "unmade"):
+        recorder = Recorder()
+        trainer(folder, recorder=recorder, log_to=("trackio", "tensorboard")).run()
+        assert contents(folder) == uninterrupted
+        said = [line for line in recorder.said if "logger" in line]
+        why = "ConnectionError: no route to host" if folder.name == "unmade" else "SystemExit: the logger wants"
+        assert len(said) == 1
+        assert said[0].startswith(f"the logger trackio failed ({why}")
+        assert "the training goes on without it" in said[0]
+    lines = read_records(folder / "metrics.jsonl")
+    assert [step for step, _ in GoodLogger.seen] == [line["step"] for line in lines] * 2
+    assert GoodLogger.seen[0][1] == {"held_out/loss": lines[0]["loss"]}
+    assert GoodLogger.closed
+
+
+def test_a_logger_that_hangs_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    class Hanging(GoodLogger):
+        def __init__(self, folder: Path, name: str) -> None:
+            release.wait()
+
+    monkeypatch.setitem(LOGGERS, "trackio", Hanging)
+    monkeypatch.setattr("tokendyn.experiments._loggers.PATIENCE", 0.01)
+    monkeypatch.setattr("tokendyn.experiments._loggers.WAITING", 3)
+    recorder = Recorder()
+    trainer(tmp_path, recorder=recorder, log_to=("trackio",)).run()
+    release.set()
+    assert "the logger trackio lags 3 records behind" in " ".join(recorder.said)
 
 
 def test_generators_are_captured_whole() -> None:

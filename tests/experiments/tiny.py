@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
-from tokendyn.experiments._trainer import Batch, Trainer
+from tokendyn.experiments._task import Batch
+from tokendyn.experiments._trainer import Trainer
 
 COMPUTE = ComputeConfig(device="cpu", threads=1)
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=3, evaluate_every=5, checkpoint_every=4, ema_decay=0.5)

@@ -91,6 +91,8 @@ class RunConfig:
     """Runs trained at the same time, each in a process of its own."""
     workers: int = 0
     """Processes that prepare the batches of a run; 0 does it where it is trained."""
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Tell the metrics to these too. One that fails is left behind; the training goes on."""
     max_minutes: float | None = None
     """Save and stop after so many minutes, with exit code 142; --resume auto goes on."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

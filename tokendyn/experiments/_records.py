@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ class Records:
         position: what :meth:`position` returned at the checkpoint to continue from, or None to begin anew.
 
     Raises:
-        CheckpointError: the file does not begin with what was there at ``position``.
+        CheckpointError: the file does not begin with what was there at ``position``; later: it cannot be written.
     """
 
     def __init__(self, path: Path, position: dict[str, Any] | None = None) -> None:
@@ -45,19 +47,34 @@ class Records:
     def append(self, record: dict[str, Any]) -> None:
         """Add one line. It reaches the disk for certain at the next :meth:`position`."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
+        with self._named():
+            self._file.write(line)
+            self._file.flush()
         self._digest.update(line)
         self._size += len(line)
 
     def position(self) -> dict[str, Any]:
         """Flush to the disk and say where the file ends: bytes, and SHA-256 of all of them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written was said when it was tried.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say what a full disk means here."""
+        try:
+            yield
+        except OSError as cause:
+            raise CheckpointError(
+                f"{self.path} cannot be written ({cause}); make room or give permission and continue with --resume "
+                f"auto: nothing up to the last checkpoint is lost"
+            ) from cause
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

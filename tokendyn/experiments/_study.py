@@ -15,7 +15,8 @@ from tokendyn.experiments._jobs import run_jobs
 from tokendyn.experiments._progress import Listener, Progress
 from tokendyn.experiments._run_folder import RunRecord, hold, read_run, run_folder
 from tokendyn.experiments._signals import TIME_IS_UP, StopRequest, StopSignals, name_of
-from tokendyn.experiments._trainer import Task, Trainer, numerics, total_steps
+from tokendyn.experiments._task import Task
+from tokendyn.experiments._trainer import Trainer, numerics, total_steps
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Study:
         seeds: the same for all arms: runs of one seed have one data order, and start equal in all
             parameters that an arm shares with the first.
         make_task: the task of (arm, seed); can be pickled, for runs in other processes.
-        train, compute, workers: see :class:`~._trainer.Trainer`.
+        train, compute, workers, log_to: see :class:`~._trainer.Trainer`.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Study:
     train: TrainConfig
     compute: ComputeConfig
     workers: int = 0
+    log_to: tuple[str, ...] = ()
 
     def run(self, jobs: int, minutes: float | None = None) -> list[RunRecord] | None:
         """Train all runs, ``jobs`` at a time, each from where it stands; stop after ``minutes`` if given.
@@ -84,6 +86,7 @@ class Study:
                     train=self.train,
                     compute=self.compute,
                     workers=self.workers,
+                    log_to=self.log_to,
                     progress=progress,
                     signals=signals,
                     initialise_like=None if arm == self.arms[0] else self.make_task(self.arms[0], seed),

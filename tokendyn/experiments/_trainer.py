@@ -13,12 +13,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,63 +29,14 @@ from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
+from tokendyn.experiments._faults import faulty_parameters, first_faulty_output
 from tokendyn.experiments._files import remove_unfinished, write_json, write_with
+from tokendyn.experiments._loggers import Loggers
 from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tokendyn.experiments._progress import Listener
 from tokendyn.experiments._records import Records
 from tokendyn.experiments._signals import StopRequest, leave_signals_to_parent
-
-KEEPSAKES = "keepsakes.safetensors"
-
-
-@dataclass
-class Batch:
-    """Examples of one step on the CPU, and those that could not be read (name -> why)."""
-
-    tensors: dict[str, Tensor]
-    skipped: dict[str, str] = field(default_factory=dict)
-
-
-class Task(Protocol):
-    """What is trained. Everything here must follow from the constructor's arguments and the step."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    def build_model(self) -> nn.Module:
-        """The model on the CPU, initialised from torch's generator."""
-        ...
-
-    def batch(self, step: int) -> Batch:
-        """The batch of ``step``, a function of the step alone. May be called in another process."""
-        ...
-
-    def loss(self, model: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, and further scalars to average into the log."""
-        ...
-
-    def evaluate(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
-        """Held-out measures of the model (in evaluation mode, without gradients), ``loss`` among them, and
-        the examples that could not be read (name -> why)."""
-        ...
-
-
-@runtime_checkable
-class Scheduled(Protocol):
-    """A task that changes its model as the training goes on."""
-
-    def set_progress(self, model: nn.Module, progress: float) -> None:
-        """Make ``model`` what it must be when a part ``progress`` (0 to 1) of all steps is made."""
-        ...
-
-
-@runtime_checkable
-class Keeping(Protocol):
-    """A task that leaves tensors for the report, so that it needs no checkpoints."""
-
-    def keepsakes(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """What is written to ``keepsakes.safetensors`` at the end; called like ``evaluate``."""
-        ...
+from tokendyn.experiments._task import KEEPSAKES, Batch, Keeping, Scheduled, Task
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -140,6 +91,7 @@ class Trainer:
         signals: asked after every step whether to stop.
         initialise_like: a task whose model, built with the same seed, gives its values to all parameters
             of the same name and shape: arms that differ in one part then start equal in all others.
+        log_to: names of :data:`._loggers.LOGGERS` that are told the metrics too.
     """
 
     def __init__(
@@ -155,7 +107,9 @@ class Trainer:
         progress: Listener,
         signals: StopRequest,
         initialise_like: Task | None = None,
+        log_to: Sequence[str] = (),
     ) -> None:
+        self.log_to = log_to
         self.task, self.name, self.seed, self.folder = task, name, seed, folder
         self.train_config, self.compute = train, compute
         self.workers, self.progress, self.signals = workers, progress, signals
@@ -197,6 +151,7 @@ class Trainer:
         checkpoint = load_newest(self._checkpoints, self.progress.say)
         positions = {} if checkpoint is None else checkpoint.state["records"]
         self.metrics = Records(self.folder / "metrics.jsonl", positions.get("metrics"))
+        self.loggers = Loggers(self.log_to, self.folder, self.name, self.progress.say)
         self.timings = Records(self.folder / "timings.jsonl", positions.get("timings"))
         try:
             if checkpoint is not None:
@@ -208,6 +163,7 @@ class Trainer:
         finally:
             self.metrics.close()
             self.timings.close()
+            self.loggers.close()
 
     def _train(self) -> dict[str, Any]:
         config = self.train_config
@@ -269,15 +225,20 @@ class Trainer:
         tensors = {key: value.to(self.device, non_blocking=True) for key, value in batch.tensors.items()}
         with self._autocast(), self._named():
             loss, logged = self.task.loss(self._forward, tensors)
-        self._expect_finite("the loss", loss.item())
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf).item()
-        self._expect_finite("the norm of the gradient", norm)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        # One transfer a step: everything that must be known before the update, or is logged.
+        measured = {"loss": loss, "gradient_norm": norm, **logged}
+        vector = torch.stack([value.detach().to(self.device, torch.float64) for value in measured.values()])
+        values = dict(zip(measured, vector.tolist(), strict=True))
+        self._expect_finite(values, tensors)
+        if config.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        values = {"loss": loss.item(), "gradient_norm": norm, **{key: value.item() for key, value in logged.items()}}
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._summed += 1
@@ -312,25 +273,45 @@ class Trainer:
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name}, after {self.step} of {self.total} steps: {error}") from error
 
-    def _expect_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
+    def _expect_finite(self, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
+        """Stop before the update if the loss or the gradient is not finite; say where it began, keep the batch."""
+        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
             return
-        culprits = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-        ]
+        if not math.isfinite(values["loss"]):
+            what, where = f"the loss is {values['loss']}", None
+            if broken := faulty_parameters(self.model, gradients=False):
+                where = f"the parameter {broken[-1]}"
+            else:
+                with self._autocast():
+                    where = first_faulty_output(self.model, lambda: self.task.loss(self.model, tensors))
+            found = f"first found in {where}" if where else "in a second pass no layer's output is, so the loss itself"
+        else:
+            what = f"the norm of the gradient is {values['gradient_norm']}"
+            culprits = faulty_parameters(self.model, gradients=True)
+            found = f"first found in {culprits[0]}, in {len(culprits)} parameters in all" if culprits else "an overflow"
         raise NonFiniteError(
-            f"{self.name}, step {self.step + 1} of {self.total}: {what} is {value}"
-            + (f", first in {culprits[0]} ({len(culprits)} parameters in all)" if culprits else "")
-            + "; the update was not made. Lower --learning-rate, or look at the batch of this step"
+            f"{self.name}, step {self.step + 1} of {self.total}: {what} ({found}); the update was not made. "
+            f"{self._keep_batch(tensors)}. Lower --learning-rate, or look at this batch"
         )
+
+    def _keep_batch(self, tensors: dict[str, Tensor]) -> str:
+        place = self.folder / f"non-finite-step-{self.step + 1:08d}.safetensors"
+        try:
+            kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            write_with(place, lambda temporary: save_file(kept, temporary))
+        except (OSError, SafetensorError) as cause:
+            return f"The batch could not be kept ({cause})"
+        return f"The batch is kept in {place}"
 
     def _log_training(self) -> None:
         means = {key: value / self._summed for key, value in self._sums.items()}
         rate = learning_rate(self.step - 1, self.total, self.train_config)
-        self.metrics.append({"step": self.step, "split": "train", **means, "learning_rate": rate})
+        self._record({"step": self.step, "split": "train", **means, "learning_rate": rate})
         self._sums, self._summed = {}, 0
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.metrics.append(record)
+        self.loggers.log(self.step, record)
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
@@ -342,7 +323,7 @@ class Trainer:
                 f"{self.name}, after {self.step} of {self.total} steps: the held-out loss is {self._held_out['loss']}"
             )
         self._evaluation_seconds = time.perf_counter() - began
-        self.metrics.append({"step": self.step, "split": "held_out", **self._held_out})
+        self._record({"step": self.step, "split": "held_out", **self._held_out})
         measures = self._held_out
         self.progress.evaluated(self.name, self.step, self.total, measures["loss"], measures.get("accuracy"))
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._files import write_with
 from tokendyn.experiments._run_folder import RunRecord
-from tokendyn.experiments._trainer import KEEPSAKES
+from tokendyn.experiments._task import KEEPSAKES
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images

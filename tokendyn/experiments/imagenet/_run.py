@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendyn.errors import OptionError
+from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import resolve_device
@@ -29,6 +30,7 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
     Raises:
         DataError, OptionError, CheckpointError, NonFiniteError, Stopped: see the modules that raise them.
     """
+    expect_installed(config.run.log_to)
     device = resolve_device(config.compute.device)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
     images = load_images(preset, config)
@@ -50,7 +52,10 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
             f"imagenette (64 px) are made for larger ones"
         )
     sys.stdout.flush()
-    study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
+    options = config.run
+    study = Study(
+        folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
+    )
     runs = study.run(config.run.jobs, config.run.max_minutes)
     if runs is None:
         print("other processes still train some of these runs; give the same command again for the report")

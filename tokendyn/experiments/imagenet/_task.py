@@ -16,7 +16,7 @@ from tokendyn.backends.torch import models
 from tokendyn.backends.torch.layers import record_orders
 from tokendyn.backends.torch.layers._ordering import ScoreOrdering
 from tokendyn.errors import DataError, OptionError
-from tokendyn.experiments._trainer import Batch
+from tokendyn.experiments._task import Batch
 from tokendyn.experiments.imagenet._arms import Arm, resolve_arm
 from tokendyn.experiments.imagenet._batches import Augmentation, crop, plan_batch, readable_batch
 from tokendyn.experiments.imagenet._config import ImageNetConfig
