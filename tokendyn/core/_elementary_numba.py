@@ -18,6 +18,7 @@ _LN2_HIGH = 0.6931471803691238  # trailing bits zero, so that k · _LN2_HIGH is 
 _LN2_LOW = 1.9082149292705877e-10
 _ROUND = 6755399441055744.0  # 1.5 · 2^52: adding it rounds to an integer, left in the low bits
 _LOWEST, _HIGHEST = -708.0, 709.0
+_NOTHING, _TINY = 1e-20, 1e-10  # below, powers count for nothing; subnormal ones would take a hundred times longer
 
 
 @intrinsic  # type: ignore[misc]
@@ -39,6 +40,7 @@ def exp(x: float) -> float:
     shifted = x * _LOG2_E + _ROUND
     k = shifted - _ROUND
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW  # |r| ≤ ln(2)/2
+    r = r if abs(r) > _NOTHING else 0.0
     s = r * r
     q = s * s
     # (e^r - 1 - r) / r² to 1.7e-17
@@ -62,7 +64,8 @@ def softplus(v: float) -> float:
     """ln(1 + e^v) = max(v, 0) + 2 artanh(z / (2 + z)) with z = e^{-|v|}."""
     z = exp(-abs(v))
     u = z / (2.0 + z)
-    s = u * u
+    t = u if u > _TINY else 0.0
+    s = t * t
     q = s * s
     o = q * q
     # artanh(u) / u for u² in [0, 1/9] to 4.7e-17

@@ -11,36 +11,50 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokendyn.core import _lanes_numba as lanes
 from tokendyn.core._elementary_numba import exp, softplus
 from tokendyn.core._flow import channels
+from tokendyn.core._lanes_numba import WIDTH, row, set_row
 from tokendyn.core._parallel import kernel
 
-
-@kernel()
-def line_terms(tokens, x, s_delta, a, bias, source, decay):
-    """Per token ``x² Δ(x)`` and ``exp(-a Δ(x))``: what (12) is made of."""
-    for l in range(tokens):
-        step = softplus(s_delta * x[l] + bias)
-        source[l] = x[l] * x[l] * step
-        decay[l] = exp(-a * step)
+#: Tokens of the line taken at once, so that work space stays in the nearest cache; a multiple of WIDTH.
+_BLOCK = 512
 
 
 @kernel()
-def line_states(tokens, source, decay, w):
-    """(12): ``w_l = decay_l w_{l-1} + source_l``; ``w`` may be ``source``."""
-    state = 0.0
+def padded(tokens):
+    """``tokens`` rounded up to whole lanes: the length of the arrays of :func:`line_states`."""
+    return (tokens + WIDTH - 1) // WIDTH * WIDTH
+
+
+@kernel()
+def line_states(tokens, x, s_delta, a, bias, decay, w, state):
+    """(12): ``w_l = exp(-a Δ(x_l)) w_{l-1} + x_l² Δ(x_l)`` with w_0 = ``state``; the last w_l.
+
+    Arrays have padded lengths; decay is work space.
+    """
+    for k in range(padded(tokens) // WIDTH):
+        token = row(x, k)
+        step = lanes.softplus(s_delta * token + bias)
+        set_row(w, k, token * token * step)
+        set_row(decay, k, lanes.exp(step * -a))
     for l in range(tokens):
-        state = decay[l] * state + source[l]
+        state = decay[l] * state + w[l]
         w[l] = state
+    return state
 
 
 @kernel()
-def _lines(x, mu, s_delta, a, bias, out, decay):
+def _lines(x, mu, s_delta, a, bias, out):
+    token, decay, w = np.zeros(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK)
     for b in range(x.shape[0]):
-        line_terms(x.shape[1], x[b], s_delta[b], a[b], bias[b], out[b], decay)
-        line_states(x.shape[1], out[b], decay, out[b])
-        for l in range(x.shape[1]):
-            out[b, l] *= mu[b] * x[b, l]
+        state = 0.0
+        for start in range(0, x.shape[1], _BLOCK):
+            tokens = min(_BLOCK, x.shape[1] - start)
+            token[:tokens] = x[b, start : start + tokens]
+            state = line_states(tokens, token, s_delta[b], a[b], bias[b], decay, w, state)
+            for l in range(tokens):
+                out[b, start + l] = mu[b] * token[l] * w[l]
 
 
 @kernel("reassoc")
@@ -245,7 +259,7 @@ def flow_rhs(
             np.full(len(rows), 0.0 if p is None else p, np.float64) if np.ndim(p) == 0 else np.array(p, np.float64)
             for p in (mu, s_delta, a, bias)
         ]
-        _lines(rows, *parameters, out, np.empty(rows.shape[1]))
+        _lines(rows, *parameters, out)
     return out.reshape(np.shape(x))
 
 

@@ -275,11 +275,11 @@ def _make(
     ``ends``: the first x whose exponential is a normal number, and the first whose exponential is too large.
 
     ``x = n ln 2 + r`` with |r| ≤ ln(2)/2, ln 2 in two parts so that n ln 2 is subtracted without rounding;
-    adding 1.5 · 2^mantissa rounds to an integer and leaves n in the low bits. ``e^r = 1 + r + r² q(r)``.
+    adding 1.5 · 2^mantissa rounds to an integer and leaves n in the low bits. ``e^r = 1 + r (1 + r q(r))``.
 
     ``ln(1 + e) = 2 atanh(s)`` with ``s = e / (2 + e) ≤ 1/3``, and ``atanh(s) = s + s³ g(s²)``.
     """
-    zero, one, two, infinity = dtype(0), dtype(1), dtype(2), dtype(np.inf)
+    zero, tiny, one, two, infinity = map(dtype, (0, 1e-10, 1, 2, np.inf))
     magic, log2_e, ln2_high, ln2_low = map(dtype, (1.5 * 2.0 ** np.finfo(dtype).nmant, np.log2(np.e), *ln2))
     lowest, too_high = map(dtype, ends)
     q_of, g_of = (_horner(tuple(map(dtype, c))) for c in (q, g))
@@ -288,7 +288,7 @@ def _make(
         shifted = x * log2_e + magic
         n = shifted - magic
         r = (x - n * ln2_high) - n * ln2_low
-        y = _times_power_of_two(one + (r + r * r * q_of(r)), shifted)
+        y = _times_power_of_two(one + r * (one + r * q_of(r)), shifted)  # no r²: it may be subnormal, and slow
         y = where_less(x, fill(lowest), fill(zero), y)
         return where_less(x, fill(too_high), y, x + infinity)  # NaN for NaN
 
@@ -297,7 +297,8 @@ def _make(
     def log_one_plus_exponential(x: Any) -> Any:
         e = exponential_inner(_minus_abs(x))
         s = e / (two + e)
-        w = s * s
+        t = where_less(s, fill(tiny), fill(zero), s)  # s² would be subnormal long after it has ceased to count
+        w = t * t
         return where_less(x, fill(zero), fill(zero), x) + two * (s + s * w * g_of(w))
 
     def logistic(x: Any) -> Any:

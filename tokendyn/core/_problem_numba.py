@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import overload
 
-from tokendyn.core._elementary_numba import exp
+from tokendyn.core import _lanes_numba as lanes
 from tokendyn.core._flow_numba import (
     autoregression,
     dot,
     line_states,
-    line_terms,
     linear_attention,
+    padded,
     softmax_attention,
     space,
     tangent,
 )
+from tokendyn.core._lanes_numba import WIDTH, row, set_row
 from tokendyn.core._parallel import kernel
 
 
@@ -32,7 +33,7 @@ class Line(NamedTuple):
         D: channels, here 1.
         sphere: whether tokens are projected on the tangent space.
         parameters: (4,) μ, S_Δ, a, bias.
-        sign: (L,) the signs of the tokens, which never change; 0 for a token that is 0.
+        sign: (≥ L,) the signs of the tokens, which never change; 0 for a token that is 0, and up to whole lanes.
     """
 
     D: int
@@ -109,18 +110,20 @@ def _line_member(p, i):
 
 
 def _line_work(p, tokens):
-    return np.empty(tokens), np.empty(tokens)
+    size = padded(tokens)
+    return np.zeros(size), np.empty(size), np.empty(size)
 
 
 def _line_rhs(p, work, tokens, y, dy):
-    x, decay = work
+    x, decay, w = work
     mu = p.parameters[0]
     for l in range(tokens):
-        x[l] = p.sign[l] * exp(y[l])
-    line_terms(tokens, x, p.parameters[1], p.parameters[2], p.parameters[3], dy, decay)
-    line_states(tokens, dy, decay, dy)
+        x[l] = y[l]
+    for k in range(padded(tokens) // WIDTH):
+        set_row(x, k, row(p.sign, k) * lanes.exp(row(x, k)))
+    line_states(tokens, x, p.parameters[1], p.parameters[2], p.parameters[3], decay, w, 0.0)
     for l in range(tokens):
-        dy[l] *= mu * abs(p.sign[l])
+        dy[l] = mu * w[l] * abs(p.sign[l])
     return np.sqrt(dot(dy[:tokens], dy[:tokens])) if mu > 0.0 else 0.0
 
 

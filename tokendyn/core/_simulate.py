@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokendyn.core import _integrate_numba as engine
-from tokendyn.core._flow_numba import Compiled, compiled_channels, transposed
+from tokendyn.core._flow_numba import Compiled, compiled_channels, padded, transposed
 from tokendyn.core._parallel import run_tiles
 from tokendyn.core._problem_numba import Attention, Autoregression, Line, Space
 from tokendyn.core._trajectory import Trajectory
@@ -115,7 +115,9 @@ def _problem(starts: np.ndarray, parameters: dict[str, Any], sphere: bool) -> tu
         line = np.zeros((count, 4))
         for column, key in enumerate(("mu", "s_delta", "a", "bias")):
             line[:, column] = parameters[key]
-        return Line(1, False, line, np.sign(starts)), engine.BLOW_UP_CLOCK if line[:, 0].max() > 0 else engine.LOG_CLOCK
+        sign = np.zeros((count, padded(D)))
+        sign[:, :D] = np.sign(starts)
+        return Line(1, False, line, sign), engine.BLOW_UP_CLOCK if line[:, 0].max() > 0 else engine.LOG_CLOCK
     members = [member_parameters(parameters, i, count) for i in range(count if batched(parameters) else 1)]
     if parameters.get("s_delta") is not None:
         arrays = [_channel_arrays(D, p) for p in members]
