@@ -268,8 +268,12 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         run_tiles(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(_simulate, "run_tiles", interrupted)
-    with pytest.warns(RuntimeWarning, match="interrupted"):
-        trajectory = simulate(mu=-1.0, s_delta=0.7, a=1.0, x0=x0, t_end=1e30, rtol=1e-12)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
+    try:
+        with pytest.warns(RuntimeWarning, match="interrupted"):
+            trajectory = simulate(mu=-1.0, s_delta=0.7, a=1.0, x0=x0, t_end=1e30, rtol=1e-12)
+    finally:
+        signal.signal(signal.SIGINT, before)
     done = trajectory.reason == "reached t_end"
     assert 0 < done.sum() < len(x0)
     assert set(trajectory.reason[~done]) == {"interrupted"}
