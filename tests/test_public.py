@@ -56,7 +56,7 @@ PUBLIC: dict[str, list[str]] = {
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
         *("CausalAttention", "H3", "H3LM", "TransformerLM"),
         *("Regime", "SphereRegime", "Trajectory", "classify", "classify_sphere", "simulate", "simulate_sphere"),
-        *("core", "errors", "jax", "torch", "__version__"),
+        *("core", "diagnose", "errors", "jax", "refine", "torch", "__version__"),
     ],
     "tokendyn.torch": [
         *OPERATION_NAMES,
@@ -65,7 +65,16 @@ PUBLIC: dict[str, list[str]] = {
         *("CausalAttention", "H3", "H3LM", "TransformerLM"),
     ],
     "tokendyn.torch.models": MODELS,
-    "tokendyn.jax": [*OPERATION_NAMES, "token_order"],
+    "tokendyn.jax": [
+        *OPERATION_NAMES,
+        *("token_order", "models", "OrderConfig", "TokenOrdering"),
+        *("load_state_dict", "load_weights", "save_weights", "state_dict"),
+        *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
+    ],
+    "tokendyn.jax.models": [
+        *("MambaLM", "MambaVision", "MambaVisionMixer", "mamba_lm_130m"),
+        *("mambavision_16px", "mambavision_32px", "mambavision_64px", "mambavision_t"),
+    ],
     "tokendyn.errors": [
         "BackendBroken",
         "BackendError",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tokendyn.core._regime import Regime
     from tokendyn.core._sphere import SphereRegime
     from tokendyn.core._trajectory import Trajectory
+    from tokendyn.diagnose import diagnose, refine  # the module, which can be called like its function
 
     # The constructors follow the backend chosen; a type checker is shown PyTorch's.
     from tokendyn.torch import (
@@ -91,9 +92,10 @@ _LAZY = {
     "Trajectory": "tokendyn.core._trajectory",
     "OrderConfig": "tokendyn._layers",
     "random_inputs": "tokendyn._inputs",
+    "refine": "tokendyn.diagnose._refine",
     **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
-_MODULES = ("core", "errors", "jax", "torch")
+_MODULES = ("core", "diagnose", "errors", "jax", "torch")
 _CONSTRUCTORS = (
     "CausalAttention",
     "H3",
@@ -131,6 +133,7 @@ __all__ = [
     "classify",
     "classify_sphere",
     "core",
+    "diagnose",
     "effective_tokens",
     "errors",
     "flow_rhs",
@@ -144,6 +147,7 @@ __all__ = [
     "mambavision_t",
     "put_tokens",
     "random_inputs",
+    "refine",
     "selective_scan",
     "selective_state_update",
     "simulate",

@@ -1,4 +1,4 @@
-"""The command line: ``tokendyn classify``, ``tokendyn simulate``, ``tokendyn figures``.
+"""The command line: ``tokendyn classify``, ``tokendyn simulate``, ``tokendyn diagnose``, ``tokendyn figures``.
 
 Whatever a user can get wrong ends in one sentence on stderr and exit code 2, never in a traceback.
 """

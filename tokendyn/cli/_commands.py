@@ -34,6 +34,10 @@ def run(arguments: list[str]) -> int:
         from tokendyn.experiments.figures._command import main
 
         return main(arguments[1:], prog="tokendyn figures")
+    if arguments[:1] == ["diagnose"]:
+        from tokendyn.cli._diagnose import run as diagnose
+
+        return diagnose(arguments[1:])
     options = _parser().parse_args(arguments)
     problem = _problem(options)
     if options.command == "classify":
@@ -69,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--plot", type=Path, metavar="FILE", help="draw the tokens (.png, .svg, .pdf)")
             command.add_argument("--animate", type=Path, metavar="FILE", help="tokens moving over depth (.gif, .mp4)")
     commands.add_parser("figures", help="draw the papers' figures; see tokendyn figures --help")
+    commands.add_parser("diagnose", help="a trained model's regimes, attention and sinks; see tokendyn diagnose --help")
     return parser
 
 

@@ -1,0 +1,46 @@
+"""What is measured of one scan: one file a question, each a function from a capture to plain numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokendyn.diagnose._capture import Capture
+from tokendyn.diagnose._measure._attention import measure_attention
+from tokendyn.diagnose._measure._health import measure_health
+from tokendyn.diagnose._measure._memory import measure_memory
+from tokendyn.diagnose._measure._regime import measure_regime
+from tokendyn.diagnose._measure._spectrum import measure_spectrum
+from tokendyn.diagnose._measure._sphere import measure_sphere
+from tokendyn.diagnose._measure._tokens import measure_tokens
+
+__all__ = ["measure", "measure_tokens"]
+
+
+@torch.no_grad()
+def measure(capture: Capture, *, channels: tuple[int, ...] = (), sequences: int = 1) -> dict[str, Any]:
+    """Everything about one scan, as numbers and lists; what cannot be had is None.
+
+    Args:
+        capture: the scan.
+        channels: channels whose own attention is wanted.
+        sequences: how many sequences of the batch the attention is averaged over.
+    """
+    found: dict[str, Any] = {
+        "name": capture.title,
+        "family": capture.family,
+        "shape": {"sequences": capture.u.shape[0], "channels": capture.u.shape[1], "tokens": capture.u.shape[2]},
+        "state": capture.B.shape[1],
+        "notes": list(capture.notes),
+        "health": measure_health(capture),
+        "spectrum": measure_spectrum(capture),
+    }
+    finite = found["health"]["finite"]
+    found["memory"] = measure_memory(capture)
+    for name, function in (("regime", measure_regime), ("sphere", measure_sphere)):
+        found[name] = function(capture) if finite else None
+    found["attention"] = measure_attention(capture, channels, sequences) if finite else None
+    found["tokens"] = None if capture.tokens_out is None else measure_tokens(capture.tokens_out)
+    found["tokens_in"] = None if capture.tokens_in is None else measure_tokens(capture.tokens_in)
+    return found
