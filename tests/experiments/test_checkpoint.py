@@ -97,8 +97,8 @@ def test_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = save_checkpoint(tmp_path, make(1), keep=1)
-    monkeypatch.setattr("tokendyn.experiments._checkpoint.FORMAT", 2)
-    with pytest.raises(CheckpointError, match="has format 1, this version of tokendyn reads format 2"):
+    monkeypatch.setattr("tokendyn.experiments._checkpoint.FORMAT", 99)
+    with pytest.raises(CheckpointError, match=r"has format \d+, this version of tokendyn reads format 99"):
         load_checkpoint(place)
 
 

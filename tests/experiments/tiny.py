@@ -41,6 +41,10 @@ class TinyTask:
         points[0, 0] = float("nan") if step == self.nan_at else points[0, 0]
         return Batch({"points": points}, {"bad example": "bad example is bad"} if step == 6 else {})
 
+    def batch_part(self, step: int, part: slice) -> Batch:
+        whole = self.batch(step)
+        return Batch({key: value[part] for key, value in whole.tensors.items()}, whole.skipped)
+
     def loss(self, model: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         noise = random.random() + np.random.rand()  # noqa: NPY002
         loss = F.mse_loss(predict(model, tensors["points"]) + 0.1 * noise, tensors["points"].sum(dim=1, keepdim=True))

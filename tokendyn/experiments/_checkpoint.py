@@ -28,7 +28,7 @@ from tokendyn.backends.torch._tensor_files import PICKLE_SUFFIXES, read_tensors,
 from tokendyn.errors import CheckpointError
 from tokendyn.experiments._files import encode_json, new_folder, sha256
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ class ComputeConfig:
     """Compile the model with torch.compile."""
     channels_last: bool = False
     """Keep images with channels last in memory: faster convolutions on GPUs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With torchrun: a whole model in each process, or (FSDP2, for large models) a part."""
     deterministic: bool = True
     """Allow only algorithms that give the same bits every time, where torch has them."""
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokendyn.errors import CheckpointError
 from tokendyn.experiments._config import TrainConfig
+from tokendyn.experiments._distributed import like
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -64,4 +65,6 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         if parameter is None:
             raise CheckpointError(f"the checkpoint's optimiser holds {key_and_name}, but the model has no {name}")
         # AdamW's fused update keeps its step count beside the parameter.
-        optimizer.state[parameter][key] = value.to(parameter.device).clone()
+        optimizer.state[parameter][key] = (
+            like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
+        ).clone()

@@ -29,6 +29,22 @@ class Listener(Protocol):
         ...
 
 
+class Quiet:
+    """A :class:`Listener` that tells nobody."""
+
+    def start(self, name: str, steps: int, done: int) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def evaluated(self, name: str, step: int, steps: int, loss: float, accuracy: float | None) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+
 class Progress:
     """Progress of a study over all its runs (a :class:`Listener`).
 

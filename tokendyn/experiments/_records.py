@@ -77,6 +77,22 @@ class Records:
             ) from cause
 
 
+class NoRecords:
+    """:class:`Records` of a process that leaves the writing to another."""
+
+    def __init__(self, path: Path, position: dict[str, Any] | None = None) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        pass
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file that :class:`Records` wrote."""
     with path.open("rb") as file:

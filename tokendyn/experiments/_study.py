@@ -5,14 +5,17 @@ Several processes may work on one folder with ``--resume auto``: each takes the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokendyn.errors import OptionError
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
+from tokendyn.experiments._distributed import current_group
 from tokendyn.experiments._jobs import run_jobs
-from tokendyn.experiments._progress import Listener, Progress
+from tokendyn.experiments._progress import Listener, Progress, Quiet
 from tokendyn.experiments._run_folder import RunRecord, hold, read_run, run_folder
 from tokendyn.experiments._signals import TIME_IS_UP, StopRequest, StopSignals, name_of
 from tokendyn.experiments._task import Task
@@ -51,9 +54,19 @@ class Study:
             Stopped: a signal came; everything is saved.
             NonFiniteError, CheckpointError: see :meth:`~._trainer.Trainer.run`; the runs beside are saved.
         """
+        group = current_group()
+        if group.size > 1 and jobs > 1:
+            raise OptionError(f"--jobs is {jobs}; with torchrun all processes train one run, say --jobs 1")
         pairs = [(arm, seed) for seed in self.seeds for arm in self.arms]
-        unfinished = [pair for pair in pairs if not (run_folder(self.folder, *pair) / "result.json").is_file()]
-        progress = Progress(sum(total_steps(self.make_task(*pair), self.train) for pair in unfinished))
+        unfinished = group.told(
+            [pair for pair in pairs if not (run_folder(self.folder, *pair) / "result.json").is_file()]
+        )
+        if group.leads:
+            progress: Progress | Quiet = Progress(
+                sum(total_steps(self.make_task(*pair), self.train) for pair in unfinished)
+            )
+        else:
+            progress = Quiet()
         try:
             with StopSignals(minutes) as signals:
                 if min(jobs, len(unfinished)) > 1:
@@ -66,7 +79,8 @@ class Study:
             reason = name_of(stopped.number)
             raise Stopped(stopped.number, f"stopped by {reason}: {stopped}; continue with --resume auto") from None
         finally:
-            progress.close()
+            if isinstance(progress, Progress):
+                progress.close()
         if not all(ours):
             return None
         return [read_run(self.folder, arm, seed) for arm in self.arms for seed in self.seeds]
@@ -76,8 +90,11 @@ class Study:
         place, name, task = run_folder(self.folder, arm, seed), f"{arm}, seed {seed}", self.make_task(arm, seed)
         if signals.received is not None:
             raise Stopped(signals.received, f"{name} was not begun")
-        with hold(place) as ours, numerics(self.compute):
-            if ours and not (place / "result.json").is_file():  # another process may have finished it just now
+        group = current_group()
+        with hold(place) if group.leads else contextlib.nullcontext(True) as held, numerics(self.compute):
+            ours = group.told(held)
+            # Another process may have finished it just now.
+            if ours and group.told(not (place / "result.json").is_file()):
                 Trainer(
                     task,
                     name=name,

@@ -29,14 +29,15 @@ from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
+from tokendyn.experiments._distributed import current_group, like, part_of, spread_model, whole
 from tokendyn.experiments._faults import faulty_parameters, first_faulty_output
 from tokendyn.experiments._files import remove_unfinished, write_json, write_with
 from tokendyn.experiments._loggers import Loggers
 from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tokendyn.experiments._progress import Listener
-from tokendyn.experiments._records import Records
+from tokendyn.experiments._records import NoRecords, Records
 from tokendyn.experiments._signals import StopRequest, leave_signals_to_parent
-from tokendyn.experiments._task import KEEPSAKES, Batch, Keeping, Scheduled, Task
+from tokendyn.experiments._task import KEEPSAKES, Batch, Divisible, Keeping, Scheduled, Task
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -115,6 +116,12 @@ class Trainer:
         self.workers, self.progress, self.signals = workers, progress, signals
         self.device = torch.device(compute.device)
         self.total = total_steps(task, train)
+        self.group = current_group()
+        self.part = part_of(train.batch_size, self.group)
+        if self.group.size > 1 and not isinstance(task, Divisible):
+            raise OptionError(f"{type(task).__name__} trains in one process; start it without torchrun")
+        if compute.parallel == "fsdp" and train.ema_decay:
+            raise OptionError("--ema-decay cannot be had with --parallel fsdp; choose ddp, or 0")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.step = 0
@@ -122,15 +129,17 @@ class Trainer:
         self._sums: dict[str, float] = {}
         self._summed = 0
 
-        layout = torch.channels_last if compute.channels_last else torch.preserve_format
-        self.model = _build(task, seed, initialise_like).to(self.device, memory_format=layout)
-        _random.seed_everything(seed)
+        model = _build(task, seed, initialise_like).to(self.device)
+        if compute.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model, called = spread_model(model, self.device, self.group, compute.parallel)
+        _random.seed_everything(seed + self.group.rank)  # each part of a batch with dropout of its own
         self.optimizer = make_optimizer(self.model, train)
         self.average: AveragedModel | None = None
         if train.ema_decay:
             average = get_ema_multi_avg_fn(train.ema_decay)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self._forward: Callable[..., Any] = torch.compile(self.model) if compute.compile else self.model
+        self._forward: Callable[..., Any] = torch.compile(called) if compute.compile else called
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -145,14 +154,18 @@ class Trainer:
             NonFiniteError: the loss or the gradient is NaN or infinite; the update was not made.
             CheckpointError: a checkpoint cannot be read or written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.folder)
-        remove_unfinished(self._checkpoints)
+        if self.group.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.folder)
+            remove_unfinished(self._checkpoints)
+        self.group.told(None)
         checkpoint = load_newest(self._checkpoints, self.progress.say)
         positions = {} if checkpoint is None else checkpoint.state["records"]
-        self.metrics = Records(self.folder / "metrics.jsonl", positions.get("metrics"))
-        self.loggers = Loggers(self.log_to, self.folder, self.name, self.progress.say)
-        self.timings = Records(self.folder / "timings.jsonl", positions.get("timings"))
+        records = Records if self.group.leads else NoRecords
+        self.metrics = records(self.folder / "metrics.jsonl", positions.get("metrics"))
+        self.timings = records(self.folder / "timings.jsonl", positions.get("timings"))
+        log_to = self.log_to if self.group.leads else ()
+        self.loggers = Loggers(log_to, self.folder, self.name, self.progress.say)
         try:
             if checkpoint is not None:
                 self._restore(checkpoint)
@@ -185,7 +198,7 @@ class Trainer:
             if last or self.step % config.evaluate_every == 0:
                 self._evaluate()
                 began += self._evaluation_seconds
-            stopping = self.signals.received
+            stopping = self._stop_asked()
             if last or stopping is not None or self.step % config.checkpoint_every == 0:
                 saving = time.perf_counter()
                 self._save()
@@ -201,12 +214,22 @@ class Trainer:
             "held_out": self._held_out,
             "skipped": self.skipped,
         }
-        write_json(self.folder / "result.json", result)
+        if self.group.leads:
+            write_json(self.folder / "result.json", result)
+        self.group.told(None)
         return result
+
+    def _stop_asked(self) -> int | None:
+        """The signal that any of the processes got: they stop together."""
+        received = self.signals.received
+        if self.group.size == 1:
+            return received
+        highest = max(number or 0 for number in self.group.gathered(received))
+        return highest or None
 
     def _batches(self) -> Iterator[Batch | TokendynError]:
         loader = DataLoader(
-            _Steps(self.task, self.step, self.total),
+            _Steps(self.task, self.step, self.total, self.part if self.group.size > 1 else None),
             batch_size=None,  # one item is one whole batch
             num_workers=self.workers,
             worker_init_fn=leave_signals_to_parent,
@@ -229,9 +252,9 @@ class Trainer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         # One transfer a step: everything that must be known before the update, or is logged.
-        measured = {"loss": loss, "gradient_norm": norm, **logged}
+        measured = {"loss": loss, "gradient_norm": whole(norm), **logged}
         vector = torch.stack([value.detach().to(self.device, torch.float64) for value in measured.values()])
-        values = dict(zip(measured, vector.tolist(), strict=True))
+        values = dict(zip(measured, (self.group.sum(vector) / self.group.size).tolist(), strict=True))
         self._expect_finite(values, tensors)
         if config.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
@@ -252,7 +275,8 @@ class Trainer:
             return
         with self._evaluating() as model:
             kept = self.task.keepsakes(model, self.device)
-        write_with(self.folder / KEEPSAKES, lambda place: save_file(kept, place))
+        if self.group.leads:
+            write_with(self.folder / KEEPSAKES, lambda place: save_file(kept, place))
 
     def _memory(self) -> dict[str, int]:
         if self.device.type != "cuda":
@@ -295,7 +319,8 @@ class Trainer:
         )
 
     def _keep_batch(self, tensors: dict[str, Tensor]) -> str:
-        place = self.folder / f"non-finite-step-{self.step + 1:08d}.safetensors"
+        process = f"-process-{self.group.rank}" if self.group.size > 1 else ""
+        place = self.folder / f"non-finite-step-{self.step + 1:08d}{process}.safetensors"
         try:
             kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             write_with(place, lambda temporary: save_file(kept, temporary))
@@ -348,35 +373,51 @@ class Trainer:
     def _save(self) -> None:
         random_tensors, random_numbers = _random.capture()
         tensors = {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_tensors(self.model, self.optimizer),
-            "random": random_tensors,
+            "model": {name: whole(value) for name, value in self.model.state_dict().items()},
+            "optimizer": {name: whole(value) for name, value in optimizer_tensors(self.model, self.optimizer).items()},
         }
         if self.average is not None:
             tensors["average"] = self.average.state_dict()
+        generators = self.group.gathered((random_tensors, random_numbers))
+        tensors |= {_generators_of(rank): states for rank, (states, _) in enumerate(generators)}
+        for skipped in self.group.gathered(self.skipped):
+            self.skipped |= skipped
         state = {
-            "random": random_numbers,
+            "random": [numbers for _, numbers in generators],
             "sums": self._sums,
             "summed": self._summed,
             "skipped": self.skipped,
             "held_out": self._held_out,
             "records": {"metrics": self.metrics.position(), "timings": self.timings.position()},
         }
-        self._checkpoints.mkdir(exist_ok=True)
-        save_checkpoint(
-            self._checkpoints, Checkpoint(self.step, tensors, state), keep=self.train_config.keep_checkpoints
-        )
+        if self.group.leads:
+            self._checkpoints.mkdir(exist_ok=True)
+            save_checkpoint(
+                self._checkpoints, Checkpoint(self.step, tensors, state), keep=self.train_config.keep_checkpoints
+            )
+        self.group.told(None)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
-        _load_weights(self.model, checkpoint.tensors["model"])
+        current = self.model.state_dict()
+        saved = checkpoint.tensors["model"].items()
+        _load_weights(self.model, {name: like(current[name], x) if name in current else x for name, x in saved})
         load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint.tensors["average"])
         state = checkpoint.state
         self._sums, self._summed = state["sums"], state["summed"]
         self.skipped, self._held_out = state["skipped"], state["held_out"]
-        _random.restore(checkpoint.tensors["random"], state["random"])
+        rank = self.group.rank
+        if rank < len(state["random"]):
+            _random.restore(checkpoint.tensors[_generators_of(rank)], state["random"][rank])
+        else:  # saved by fewer processes: what this one draws is new
+            _random.seed_everything(self.seed + rank + self.step * self.group.size)
+
+
+def _generators_of(rank: int) -> str:
+    """The group of a checkpoint's tensors that holds the states of a process's generators."""
+    return "random" if rank == 0 else f"random-{rank}"
 
 
 def total_steps(task: Task, train: TrainConfig) -> int:
@@ -428,19 +469,23 @@ def _build(task: Task, seed: int, like: Task | None) -> nn.Module:
 
 
 class _Steps(Dataset["Batch | TokendynError"]):
-    """The batches of steps ``start`` to ``stop`` as a data set, so that worker processes can make them.
+    """The batches of steps ``start`` to ``stop``, or one part of each, as a data set, so that worker processes can make
+    them.
 
     An error of ours is an item like any other: raised in a worker it would arrive wrapped in a traceback.
     """
 
-    def __init__(self, task: Task, start: int, stop: int) -> None:
-        self.task, self.start, self.stop = task, start, stop
+    def __init__(self, task: Task, start: int, stop: int, part: slice | None) -> None:
+        self.task, self.start, self.stop, self.part = task, start, stop, part
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, place: int) -> Batch | TokendynError:
+        step = self.start + place
         try:
-            return self.task.batch(self.start + place)
+            if self.part is not None and isinstance(self.task, Divisible):
+                return self.task.batch_part(step, self.part)
+            return self.task.batch(step)
         except TokendynError as error:
             return error

@@ -26,6 +26,10 @@ SPLITS = ("train", "val")
 DIGITS_HELD_OUT = 360  # of 1,797
 
 
+# Split -> class -> files as (name, source).
+Found = dict[str, dict[str, list[tuple[str, Path | bytes]]]]
+
+
 @dataclass
 class ImageSet:
     """One split: images of ``size`` x ``size`` pixels in RGB, read from memory or from files.
@@ -132,7 +136,7 @@ def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_co
     if not base.is_dir():
         raise DataError(f"--data-dir {root} is no folder; expected one that holds train/CLASS/* and val/CLASS/*")
     found = {split: image_files(base, split) for split in SPLITS}
-    files = {
+    files: Found = {
         split: {name: [(file.relative_to(base).as_posix(), file) for file in entries] for name, entries in of.items()}
         for split, of in found.items()
     }
@@ -141,7 +145,7 @@ def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_co
 
 def assemble(
     base: Path,
-    found: dict[str, dict[str, list[tuple[str, Path | bytes]]]],
+    found: Found,
     *,
     size: int,
     cache_mb: int,

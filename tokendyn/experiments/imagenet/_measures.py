@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,11 +52,9 @@ def measure_mechanism(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, ScoreOrdering):
-            handles.append(module.register_forward_hook(lambda _, __, order, name=name: live.update({name: order})))
+            handles.append(module.register_forward_hook(_keep(live, name)))
         elif isinstance(module, MixerBlock):
-            handles.append(
-                module.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out.detach()}))
-            )
+            handles.append(module.register_forward_hook(_keep(outputs, name)))
     kind = inputs.device.type
     # Without the cache: an evaluation before may have left copies of the weights in it that carry no gradient.
     exact = torch.autocast(
@@ -82,7 +80,7 @@ def measure_mechanism(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[
             orders[name]["direction_share"] = direction.norm().item() / whole if whole > 0 else 0.0
             orders[name] |= _agreement(order.indices, labels)
     with torch.autocast(kind, enabled=False):
-        return {"orders": orders, "tokens": {name: _of_tokens(out) for name, out in outputs.items()}}
+        return {"orders": orders, "tokens": {name: _of_tokens(out.detach()) for name, out in outputs.items()}}
 
 
 @contextlib.contextmanager
@@ -94,8 +92,9 @@ def shuffled_orders(model: nn.Module, seed: int) -> Iterator[None]:
     permuted and put back after the scan. The generators outside go on as if nothing had been drawn.
     """
     handles, attached, random = [], [], []
-    for stage in model.levels[2:]:  # type: ignore[index]
-        mixer: Any = stage.blocks[0].mixer
+    stages: Any = model.levels
+    for stage in stages[2:]:
+        mixer = stage.blocks[0].mixer
         if mixer.order is None:
             mixer.order = RandomOrdering(OrderConfig("random"), 0)
             attached.append(mixer)
@@ -126,6 +125,15 @@ def expected_places(order: Order) -> Tensor:
     matrix = order.matrix().double()
     places = torch.arange(matrix.shape[1], device=matrix.device, dtype=torch.float64)
     return torch.einsum("k,bkl->bl", places, matrix) / matrix.sum(dim=1)
+
+
+def _keep(place: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that enters the output into ``place``."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        place[name] = output
+
+    return hook
 
 
 def _deal(_: nn.Module, __: Any, order: Order) -> Order:

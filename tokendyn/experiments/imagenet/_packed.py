@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tokendyn.errors import DataError
 from tokendyn.experiments._files import write_with
-from tokendyn.experiments.imagenet._images import SPLITS, Images, assemble, image_files
+from tokendyn.experiments.imagenet._images import SPLITS, Found, Images, assemble, image_files
 
 SUFFIX = ".safetensors"
 
@@ -57,7 +57,7 @@ def load_packed(file: Path, *, size: int, cache_mb: int, max_pixels: int, skip_c
             f"--data-dir {file} is no packed tree ({cause}); write one with "
             f"python -m tokendyn.experiments.imagenet.pack TREE {file}"
         ) from cause
-    found: dict[str, dict[str, list[tuple[str, Path | bytes]]]] = {split: {} for split in SPLITS}
+    found: Found = {split: {} for split in SPLITS}
     for name, (split, label, _), start, end in zip(names, paths, offsets, offsets[1:], strict=False):
         found[split].setdefault(label, []).append((name, content[start:end]))
     return assemble(file, found, size=size, cache_mb=cache_mb, max_pixels=max_pixels, skip_corrupt=skip_corrupt)

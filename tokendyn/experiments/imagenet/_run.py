@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendyn.errors import OptionError
+from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import open_folder
 from tokendyn.experiments._study import Study
@@ -31,20 +32,42 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         DataError, OptionError, CheckpointError, NonFiniteError, Stopped: see the modules that raise them.
     """
     expect_installed(config.run.log_to)
-    device = resolve_device(config.compute.device)
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
-    images = load_images(preset, config)
+    with joined(resolve_device(config.compute.device)) as device:
+        # In config.json the kind alone: each of torchrun's processes has a number of its own.
+        group = current_group()
+        named = str(device) if group.size == 1 else device.type
+        described = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=named))
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
+        images = load_images(preset, config)
 
-    make_task = ImageTasks(images, config)
-    make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
-    folder = open_folder(
-        config.run,
-        stem=f"imagenet-{preset}",
-        experiment="imagenet",
-        identity=config.identity() | {"data": images.fingerprint},
-        shown={"preset": preset, "data_dir": config.data.data_dir, "classes": list(images.classes)},
-        command=command,
-    )
+        make_task = ImageTasks(images, config)
+        make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
+        folder = Path()
+        if group.leads:
+            folder = open_folder(
+                config.run,
+                stem=f"imagenet-{preset}",
+                experiment="imagenet",
+                identity=described.identity() | {"data": images.fingerprint},
+                shown={"preset": preset, "data_dir": config.data.data_dir, "classes": list(images.classes)},
+                command=command,
+            )
+            _introduce(preset, config, images, folder)
+        folder = group.told(folder)
+        options = config.run
+        study = Study(
+            folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
+        )
+        runs = study.run(config.run.jobs, config.run.max_minutes)
+        if not group.leads:
+            return
+        if runs is None:
+            print("other processes still train some of these runs; give the same command again for the report")
+            return
+        write_report(folder, preset, config, images, runs)
+
+
+def _introduce(preset: str, config: ImageNetConfig, images: Images, folder: Path) -> None:
     print(f"{preset}: {len(images.train)} training and {len(images.held_out)} held-out images; results in {folder}")
     if preset == "demo" and config.data.data_dir is not None:
         print(
@@ -52,15 +75,6 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
             f"imagenette (64 px) are made for larger ones"
         )
     sys.stdout.flush()
-    options = config.run
-    study = Study(
-        folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
-    )
-    runs = study.run(config.run.jobs, config.run.max_minutes)
-    if runs is None:
-        print("other processes still train some of these runs; give the same command again for the report")
-        return
-    write_report(folder, preset, config, images, runs)
 
 
 def load_images(preset: str, config: ImageNetConfig) -> Images:

@@ -84,10 +84,14 @@ class ImageTask:
         return Augmentation(data.crop_padding, data.flip, data.crop_area)
 
     def batch(self, step: int) -> Batch:
+        return self.batch_part(step, slice(None))
+
+    def batch_part(self, step: int, part: slice) -> Batch:
         train, augmentation = self.images.train, self._augmentation
         indices, crops = plan_batch(
             train, step, batch_size=self.config.train.batch_size, seed=self.seed, augmentation=augmentation
         )
+        indices, crops = indices[part], crops[part]
         if self.config.data.on_device and not train.unreadable:
             tensors = {"indices": torch.from_numpy(indices), "crops": torch.from_numpy(crops)}
             return Batch(tensors | {"labels": torch.from_numpy(train.labels[indices])})
