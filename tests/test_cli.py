@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tokendyn.cli import main
@@ -121,3 +122,14 @@ def test_figures_with_their_data(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "fig3_fast_divergence.json").read_text())
     assert data["trajectory"]["ended_at"][2] == pytest.approx(0.212712, abs=1e-6)
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg", ".json"}
+
+
+def test_simulates_on_the_backend_chosen(
+    plane: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["simulate", "--problem", plane, "--t-end", "2", "--times", "0", "1", "2", "--json"]
+    assert main(command) == 0
+    wanted = json.loads(capsys.readouterr().out)["tokens"]
+    monkeypatch.setenv("TOKENDYN_BACKEND", "jax")
+    assert main(command) == 0
+    np.testing.assert_allclose(json.loads(capsys.readouterr().out)["tokens"], wanted, rtol=1e-7)

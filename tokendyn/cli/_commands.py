@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tokendyn import Trajectory
+from tokendyn._dispatch import current_backend, kind_of, load_backend
 from tokendyn.cli._tables import regime_json, regime_table, sphere_json, sphere_table, trajectory_json, trajectory_table
 from tokendyn.errors import DataError, OptionError
 
@@ -122,6 +125,27 @@ def _expect(name: str, function: Any, problem: dict[str, Any]) -> Any:
         raise OptionError(f"{name}: {str(error).split('() ')[-1]}") from None
 
 
+def _on_backend(problem: dict[str, Any]) -> dict[str, Any]:
+    """The problem with its lists as arrays of the backend chosen (``TOKENDYN_BACKEND``); NumPy takes lists."""
+    chosen = current_backend()
+    if chosen == "numpy":
+        return problem
+    make = load_backend(chosen).from_numpy
+    return {
+        key: make(np.asarray(value, np.float64), "float64") if isinstance(value, (list, np.ndarray)) else value
+        for key, value in problem.items()
+    }
+
+
+def _as_numpy(trajectory: Trajectory) -> Trajectory:
+    """The trajectory with its tokens as NumPy arrays, for printing and drawing."""
+    kind = kind_of(trajectory.tokens)
+    if kind in ("numpy", None):
+        return trajectory
+    to_numpy = load_backend(kind).to_numpy
+    return dataclasses.replace(trajectory, tokens=to_numpy(trajectory.tokens), start=to_numpy(trajectory.start))
+
+
 def _classify(problem: dict[str, Any], options: argparse.Namespace) -> int:
     from tokendyn import classify, classify_sphere
 
@@ -140,11 +164,12 @@ def _simulate(problem: dict[str, Any], options: argparse.Namespace) -> int:
     asked = {"t_end": options.t_end, "rtol": options.rtol}
     times = None if options.times is None else sorted(_floats("--times", options.times))
     function = simulate_sphere if options.sphere else simulate
-    trajectory = _expect("simulate", function, {**problem, **asked, "times": times})
+    problem = _on_backend(problem)
+    trajectory = _as_numpy(_expect("simulate", function, {**problem, **asked, "times": times}))
     print(json.dumps(trajectory_json(trajectory)) if options.json else trajectory_table(trajectory))
     drawn = trajectory
     if times is not None and (options.plot or options.animate):  # pictures want more points than were asked for
-        drawn = function(**problem, **asked)
+        drawn = _as_numpy(function(**problem, **asked))
     if options.plot:
         from tokendyn.cli._animate import save_plot
 
