@@ -350,6 +350,20 @@ def test_loss_is_the_cross_entropy_of_the_logits(name: str, monkeypatch: pytest.
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputed_blocks_have_the_same_gradients(name: str) -> None:
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = MODELS[name](dropout=0.2)
+        model.backbone.recompute = recompute
+        torch.manual_seed(1)
+        loss = model(ids(2, 9), ids(2, 9, seed=1)).mean()
+        loss.backward()
+        results.append([loss, *[parameter.grad for parameter in model.parameters()]])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_generation_stops_and_draws_as_told() -> None:
     model = lively(MODELS["mamba"](pad_vocab_size_multiple=32), seed=5)
     prompt = ids(2, 4)

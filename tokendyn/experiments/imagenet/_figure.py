@@ -18,7 +18,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
 
 from tokendyn.experiments._checkpoint import read_tensors
-from tokendyn.experiments._files import write_with
+from tokendyn.experiments._drawing import COLOURS, STYLE, draw_band, save_figure
 from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._task import KEEPSAKES
 from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
@@ -26,23 +26,7 @@ from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images
 from tokendyn.experiments.imagenet._task import MEASURED_IMAGES, example_images, mosaic, stage_of
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 LINES = ("-", "--", ":", "-.")
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "svg.hashsalt": "tokendyn",
-    "svg.fonttype": "none",
-}
 
 
 def draw_figure(
@@ -67,11 +51,7 @@ def draw_figure(
         _draw_curves(parts[0], config, runs, measures=bool(ordered))
         if ordered:
             _draw_maps(parts[1], ordered, config, images, runs)
-        folder.mkdir(exist_ok=True)
-        paths = [folder / "study.png", folder / "study.svg"]
-        write_with(paths[0], lambda place: figure.savefig(place, dpi=150))
-        write_with(paths[1], lambda place: figure.savefig(place, metadata={"Date": None}))
-    return paths
+        return save_figure(figure, folder, "study")
 
 
 def _draw_curves(
@@ -117,13 +97,6 @@ def _draw_curves(
             panels[3].set_ylim(0, 1.05)
     for panel in panels:
         panel.set_xlabel("step")
-
-
-def draw_band(panel: Axes, steps: list[int], values: list[list[float]], colour: str, dashes: str, label: str) -> None:
-    table = np.array(values)
-    panel.plot(steps, table.mean(axis=0), dashes, color=colour, label=label, linewidth=1.6)
-    if len(table) > 1:
-        panel.fill_between(steps, table.min(axis=0), table.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
 def _draw_maps(

@@ -120,7 +120,7 @@ class Mamba(S6):
         if inference_params is not None:
             return self._decode(hidden_states, inference_params)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = self._convolve(x)
+        x = self.convolve(x)
         order = self.token_order(x)
         if order is None or self.order is None:
             return self.out_proj(self.scan(x, z))
@@ -155,7 +155,7 @@ class Mamba(S6):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         if self.d_conv is not None:
             conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
-        y, state = self.scan(self._convolve(x), z, return_last_state=True)
+        y, state = self.scan(self.convolve(x), z, return_last_state=True)
         ssm_state.copy_(state)
         return self.out_proj(y), conv_state, ssm_state
 
@@ -175,7 +175,7 @@ class Mamba(S6):
         ssm_state.copy_(state)
         return self.out_proj(y.unsqueeze(1)), conv_state, ssm_state
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
         """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it."""
         if self.conv1d is None:
             return F.silu(x)

@@ -153,7 +153,14 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Token ids (b, L) → normed features (b, L, D). With ``share_layers`` all of ``layers`` is one module."""
+    """Token ids (b, L) → normed features (b, L, D). With ``share_layers`` all of ``layers`` is one module.
+
+    Attributes:
+        recompute: in training keep the input of each block only and compute the rest again in the backward pass: about
+            a third more time, for activations of one block instead of all.
+    """
+
+    recompute = False
 
     def __init__(self, config: LanguageModelConfig, make_block: Callable[[int], Block]) -> None:
         super().__init__()
@@ -172,9 +179,10 @@ class Backbone(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks():
-            x = block(x)
-        return self.norm_f(x)
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return self.norm_f(x)  # type: ignore[arg-type]
 
     def advance(self, tokens: Tensor, cache: Cache, *, prompt: bool) -> Tensor:
         x = self.embed(tokens)

@@ -1,0 +1,1 @@
+"""Text for experiments: tokenizers, sources, and streams of tokens in memory-mapped files."""

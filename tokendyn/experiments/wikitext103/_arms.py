@@ -1,0 +1,90 @@
+"""The arms that a language study can compare: each a model with some options changed, by name.
+
+On a command line an arm is a name, or a name with changes: ``positive``, ``positive:io_form=paper``,
+``free:norm=none,n_layer=6``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+from tokendyn.backends.torch.models import H3LM, LanguageModel, MambaLM, TransformerLM
+from tokendyn.errors import OptionError
+
+
+def _regime(regime: str, form: str) -> dict[str, Any]:
+    return {"io_regime": regime, "io_form": form}
+
+
+# At first |q| is 1.39 in negative, positive and mixed_matched, 0.69 in mixed, negative_paper and positive_paper: six
+# arms are three regimes at two scales. "published_code" is (negative, mixed, positive): the scales differ there.
+ARMS: dict[str, tuple[type[LanguageModel[Any]], dict[str, Any]]] = {
+    "free": (MambaLM, {}),
+    "negative": (MambaLM, _regime("negative", "published_code")),
+    "mixed": (MambaLM, _regime("mixed", "published_code")),
+    "positive": (MambaLM, _regime("positive", "published_code")),
+    "negative_matched": (MambaLM, _regime("negative", "scale_matched")),  # the same as negative
+    "mixed_matched": (MambaLM, _regime("mixed", "scale_matched")),
+    "positive_matched": (MambaLM, _regime("positive", "scale_matched")),  # the same as positive
+    "negative_paper": (MambaLM, _regime("negative", "paper")),
+    "mixed_paper": (MambaLM, _regime("mixed", "paper")),  # the same as mixed
+    "positive_paper": (MambaLM, _regime("positive", "paper")),
+    "shared_layers": (MambaLM, {"share_layers": True}),
+    "no_norm": (MambaLM, {"norm": "none"}),
+    "no_convolution": (MambaLM, {"d_conv": None}),
+    "h3": (H3LM, {}),
+    "transformer": (TransformerLM, {}),
+}
+
+# Orders that are asked after, each a row of (name, worse, better): perplexity falls from negative to positive.
+ORDERS = (
+    ("as published", ("negative", "mixed", "positive")),
+    ("scales matched at 1.39", ("negative", "mixed_matched", "positive")),
+    ("scales matched at 0.69", ("negative_paper", "mixed", "positive_paper")),
+)
+
+
+def resolve_arm(text: str, common: dict[str, Any]) -> tuple[type[LanguageModel[Any]], dict[str, Any]]:
+    """The model and its options: those ``common`` to all arms that it has, then the arm's own, then the changes.
+
+    Raises:
+        OptionError: an unknown name or field, or a value that the field does not take.
+    """
+    name, _, changes = text.partition(":")
+    if name not in ARMS:
+        close = difflib.get_close_matches(name, ARMS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise OptionError(f"--arms: unknown arm {name!r}{hint}; the arms are {', '.join(ARMS)}")
+    kind, own = ARMS[name]
+    hints = typing.get_type_hints(kind.config_type)
+    fields = [field.name for field in dataclasses.fields(kind.config_type)]
+    options = {key: value for key, value in common.items() if key in fields} | own
+    for change in filter(None, changes.split(",")):
+        key, equals, value = change.partition("=")
+        if key not in fields or not equals:
+            raise OptionError(
+                f"--arms: {change!r} in {text!r} is no change; expected FIELD=VALUE of {', '.join(fields)}"
+            )
+        options[key] = _as_type(hints[key], value, text)
+    return kind, options
+
+
+def _as_type(hint: Any, value: str, text: str) -> Any:
+    """``value`` as the first of a field's types that it can be."""
+    allowed = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
+    for kind in allowed or (hint,):
+        if kind is bool and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if kind is type(None) and value.lower() == "none":
+            return None
+        if kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+        if kind is str or (typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind)):
+            return value
+    raise OptionError(f"--arms: {value!r} in {text!r} is no value of this field")

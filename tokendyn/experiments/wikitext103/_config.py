@@ -1,0 +1,229 @@
+"""The configuration of a language study, and its presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokendyn.errors import OptionError
+from tokendyn.experiments._config import (
+    ComputeConfig,
+    RunConfig,
+    TrainConfig,
+    expect_at_least,
+    expect_within,
+    to_json,
+)
+from tokendyn.experiments.wikitext103._arms import resolve_arm
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text: a folder, a file, a Hugging Face data set, or without one 43 articles of Wikipedia."""
+
+    text: str | None = None
+    """Folder with text files named train and valid (and test), one text file, or hf:NAME/CONFIGURATION."""
+    held_out_part: float = 0.1
+    """Part of a single text that is held out, at its end."""
+    tokenizer: Literal["bytes", "gpt2"] = "gpt2"
+    """An id for each byte, or GPT-2's byte pair encoding."""
+    tokenizer_dir: str | None = None
+    """Folder with GPT-2's vocab.json and merges.txt."""
+    sequence_length: int = 1024
+    """Tokens of a training example."""
+    zero_shot: str | None = None
+    """A text to be measured on as well, in the spacing of WikiText, which is undone; for example wiki.test.raw."""
+    evaluation_stride: int | None = None
+    """Tokens scored in one window of sequence_length; by default all, so that windows do not overlap."""
+    evaluation_tokens: int | None = None
+    """Score only so many tokens of a text, from its first; by default all."""
+    measured_tokens: int = 1024
+    """Held-out tokens on which norms and signs are measured; 0 does without."""
+    cache_dir: str | None = None
+    """Where encoded texts are kept; by default tokendyn/tokens in the user's cache."""
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 1, "sequence_length", "evaluation_stride", "evaluation_tokens")
+        expect_at_least(self, 0, "measured_tokens")
+        expect_within(self, 0.001, 0.9, "held_out_part")
+        if self.evaluation_stride is not None and self.evaluation_stride > self.sequence_length:
+            raise OptionError(
+                f"--evaluation-stride is {self.evaluation_stride}, expected at most --sequence-length, "
+                f"{self.sequence_length}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What all arms have in common; an arm takes the fields that its model has."""
+
+    d_model: int = 768
+    """Width."""
+    n_layer: int = 24
+    """Blocks."""
+    d_state: int = 16
+    """State size of Mamba; of H3's diagonal model as well."""
+    n_head: int = 12
+    """Heads of a Transformer."""
+    dropout: float = 0.0
+    """Dropout of every branch before it is added to the residual stream."""
+    head_dropout: float = 0.0
+    """Dropout once, before the head."""
+    recompute: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        expect_at_least(self, 1, "d_model", "n_layer", "d_state", "n_head")
+        expect_within(self, 0, 0.99, "dropout", "head_dropout")
+
+    def options(self) -> dict[str, Any]:
+        """The fields that describe a model."""
+        options = to_json(self)
+        del options["recompute"]
+        return options
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A language study: arms times seeds."""
+
+    arms: tuple[str, ...] = ("free", "negative", "mixed", "positive")
+    """Models to compare, the first being the reference: free, negative, mixed, positive (with _matched or _paper),
+    shared_layers, no_norm, no_convolution, h3, transformer; with changes as in positive:io_form=paper."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of every arm for each; runs of one seed share data order and initial weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("arms", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise OptionError(
+                    f"--{name} is {' '.join(map(str, values)) or 'empty'}, expected one or more, each once"
+                )
+        if min(self.seeds) < 0 or max(self.seeds) >= 2**63:
+            raise OptionError(f"--seeds is {' '.join(map(str, self.seeds))}, expected 0 to 2^63 - 1")
+        self.models()
+
+    def models(self) -> dict[str, Any]:
+        """The model of every arm and its options, resolved, for ``config.json``."""
+        resolved = {arm: resolve_arm(arm, self.model.options()) for arm in self.arms}
+        return {arm: {"model": kind.__name__, **options} for arm, (kind, options) in resolved.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: all but where things lie and how they are fetched."""
+        config = to_json(self)
+        del config["run"]
+        for place in ("text", "tokenizer_dir", "zero_shot", "cache_dir"):
+            del config["data"][place]
+        return {"config": config, "models": self.models()}
+
+
+PRESETS: dict[str, Callable[[], LanguageConfig]] = {}
+
+
+def preset(function: Callable[[], LanguageConfig]) -> Callable[[], LanguageConfig]:
+    """Enter a preset into :data:`PRESETS` under its function's name."""
+    PRESETS[function.__name__] = function
+    return function
+
+
+@preset
+def demo() -> LanguageConfig:
+    """43 articles of Wikipedia, byte by byte; a tiny Mamba with four spectra: minutes on two cores."""
+    return LanguageConfig(
+        arms=("free", "negative", "mixed", "positive"),
+        seeds=(0, 1, 2),
+        data=DataConfig(tokenizer="bytes", sequence_length=128, evaluation_tokens=16_384, measured_tokens=512),
+        model=ModelConfig(d_model=64, n_layer=4, d_state=8, n_head=4),
+        train=TrainConfig(
+            steps=200,
+            batch_size=16,
+            learning_rate=6e-3,
+            final_learning_rate=6e-4,
+            weight_decay=0.1,
+            log_every=10,
+            evaluate_every=50,
+            checkpoint_every=50,
+        ),
+        compute=ComputeConfig(threads=1),
+        run=RunConfig(jobs=2),
+    )
+
+
+def _table2(arm: str, **model: Any) -> LanguageConfig:
+    """Paper 1's Tables 2, 4 and 9: Mamba 130M, 25 epochs of WikiText-103, 128 sequences of 1,024 tokens."""
+    return LanguageConfig(
+        arms=(arm,),
+        seeds=(0, 1, 2),
+        data=DataConfig(tokenizer="gpt2", sequence_length=1024),
+        model=ModelConfig(**{"d_model": 768, "n_layer": 24, "d_state": 16, "recompute": True, **model}),
+        train=TrainConfig(
+            epochs=25,
+            batch_size=128,
+            learning_rate=1.5e-3,
+            final_learning_rate=1.5e-4,
+            warmup=0.01,
+            weight_decay=0.25,
+            beta1=0.9,
+            beta2=0.999,
+            clip_norm=1.0,
+            log_every=50,
+            evaluate_every=900,
+            checkpoint_every=900,
+        ),
+        compute=ComputeConfig(precision="bfloat16"),
+    )
+
+
+@preset
+def table2_negative() -> LanguageConfig:
+    """Table 2, all eigenvalues negative (--text, --tokenizer-dir): Mamba 130M, WikiText-103, 25 epochs."""
+    return _table2("negative", dropout=0.25)
+
+
+@preset
+def table2_mixed() -> LanguageConfig:
+    """Table 2, eigenvalues of both signs (--text, --tokenizer-dir): Mamba 130M, WikiText-103, 25 epochs."""
+    return _table2("mixed", dropout=0.25)
+
+
+@preset
+def table2_positive() -> LanguageConfig:
+    """Table 2, all eigenvalues positive (--text, --tokenizer-dir): Mamba 130M, WikiText-103, 25 epochs."""
+    return _table2("positive", dropout=0.25)
+
+
+@preset
+def table2_free() -> LanguageConfig:
+    """Tables 6 and 10, Mamba as it is (--text, --tokenizer-dir): Mamba 130M, WikiText-103, 25 epochs."""
+    return _table2("free", dropout=0.25)
+
+
+@preset
+def spectrum() -> LanguageConfig:
+    """Three regimes at two scales and the free spectrum (--text, --tokenizer-dir): 11.6 M parameters besides 19.3 M."""
+    return LanguageConfig(
+        arms=("free", "negative", "mixed", "positive", "mixed_matched", "negative_paper", "positive_paper"),
+        seeds=(0, 1, 2),
+        data=DataConfig(tokenizer="gpt2", sequence_length=512, measured_tokens=2048),
+        model=ModelConfig(d_model=384, n_layer=12, d_state=16, head_dropout=0.1),
+        train=TrainConfig(
+            steps=1500,  # of 32 x 512 tokens: 24.6 M
+            batch_size=32,
+            learning_rate=1.5e-3,
+            final_learning_rate=1.5e-4,
+            warmup=0.02,
+            weight_decay=0.1,
+            log_every=25,
+            evaluate_every=250,
+            checkpoint_every=250,
+        ),
+        compute=ComputeConfig(precision="bfloat16"),
+        run=RunConfig(jobs=3, max_minutes=8.5),
+    )

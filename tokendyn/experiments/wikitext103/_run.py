@@ -1,0 +1,55 @@
+"""A language study from its configuration to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from tokendyn.errors import OptionError
+from tokendyn.experiments._run_folder import open_folder
+from tokendyn.experiments._study import Study
+from tokendyn.experiments._trainer import resolve_device
+from tokendyn.experiments.wikitext103._config import LanguageConfig
+from tokendyn.experiments.wikitext103._report import write_report
+from tokendyn.experiments.wikitext103._task import LanguageTasks, load_texts
+
+
+def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> None:
+    """Run, or continue, the study that ``config`` describes, and report it on stdout and in its folder.
+
+    Args:
+        preset: the preset's name, which names the default folder.
+        config: the configuration.
+        command: what the user typed, for the record.
+
+    Raises:
+        DataError, OptionError, CheckpointError, NonFiniteError, Stopped: see the modules that raise them.
+    """
+    device = resolve_device(config.compute.device)
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
+    if config.data.text is None and preset != "demo":
+        raise OptionError(
+            f"the preset {preset} needs a text; give --text with a folder, a file, or hf:wikitext/wikitext-103-raw-v1"
+        )
+    texts = load_texts(config.data)
+    make_task = LanguageTasks(texts, config)
+    make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
+    folder = open_folder(
+        config.run,
+        stem=f"wikitext103-{preset}",
+        experiment="wikitext103",
+        identity=config.identity() | {"data": texts.fingerprint},
+        shown={"preset": preset, "text": config.data.text, "zero_shot": config.data.zero_shot},
+        command=command,
+    )
+    print(
+        f"{preset}: {len(texts.train):,} training and {len(texts.held_out):,} held-out tokens; results in {folder}",
+        flush=True,
+    )
+    study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
+    runs = study.run(config.run.jobs, config.run.max_minutes)
+    if runs is None:
+        print("other processes still train some of these runs; give the same command again for the report")
+        return
+    write_report(folder, preset, config, texts, runs)
+    sys.stdout.flush()
