@@ -93,6 +93,18 @@ def docs(session: nox.Session) -> None:
     run(session, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 
+@nox.session(default=False)
+def vision(session: nox.Session) -> None:
+    """The recipe at full scale with timm and torchvision, in an environment of its own: gigabytes to install."""
+    root = ROOT / ".nox" / "vision"
+    python = root / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not python.exists():
+        venv.create(root, with_pip=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    session.run(*pip, "torch==2.14.1", "torchvision==0.29.1", "timm==1.0.31", "-e", ".[experiments,dev]", external=True)
+    session.run(str(python), "-m", "pytest", "tests/experiments/test_full_scale.py", *session.posargs, external=True)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """The main job on embedded real images: a baseline and a reordered vision Mamba, three seeds each."""

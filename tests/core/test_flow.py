@@ -125,50 +125,6 @@ def test_without_a_batch_axis(backend: str) -> None:
                 assert float(abs(difference).max()) < 1e-14
 
 
-def test_solve_ivp_takes_it_as_it_is() -> None:
-    from scipy.integrate import solve_ivp
-
-    solution = solve_ivp(
-        lambda t, x: tokendyn.flow_rhs(x, mu=-1.3, s_delta=0.7, a=0.8), (0, 5), [1.2, -0.8, 0.3, 2.0], rtol=1e-9, atol=0
-    )
-    assert solution.success
-    assert (np.abs(solution.y[:, -1]) < np.abs(solution.y[:, 0])).all()
-
-
-def test_torchdiffeq_differentiates_through_it() -> None:
-    torch = pytest.importorskip("torch")
-    odeint = pytest.importorskip("torchdiffeq").odeint
-    x0 = torch.tensor([1.2, -0.8, 0.3], dtype=torch.float64)
-    times = torch.tensor([0.0, 0.5], dtype=torch.float64)
-
-    def end(mu: object) -> object:
-        return odeint(lambda t, x: tokendyn.flow_rhs(x, mu=mu, s_delta=0.7, a=0.8), x0, times, rtol=1e-10, atol=1e-12)[
-            1
-        ]
-
-    mu = torch.tensor(-1.3, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(end(mu).sum(), mu)
-    difference = (end(mu.detach() + 1e-5).sum() - end(mu.detach() - 1e-5).sum()) / 2e-5
-    assert float(gradient) == pytest.approx(float(difference), rel=1e-7)
-
-
-def test_diffrax_differentiates_through_it() -> None:
-    jax = pytest.importorskip("jax")
-    diffrax = pytest.importorskip("diffrax")
-    jnp = jax.numpy
-    x0 = jnp.array([1.2, -0.8, 0.3], jnp.float64)
-
-    @jax.jit
-    def end(mu: object) -> object:
-        term = diffrax.ODETerm(lambda t, x, mu: tokendyn.flow_rhs(x, mu=mu, s_delta=0.7, a=0.8))
-        steps = diffrax.PIDController(rtol=1e-10, atol=1e-12)
-        solution = diffrax.diffeqsolve(term, diffrax.Dopri8(), 0.0, 0.5, None, x0, mu, stepsize_controller=steps)
-        return solution.ys[0].sum()
-
-    gradient = jax.grad(end)(-1.3)
-    assert float(gradient) == pytest.approx(float(end(-1.3 + 1e-5) - end(-1.3 - 1e-5)) / 2e-5, rel=1e-7)
-
-
 WRONG = {
     "both forms": ({"mu": 1.0, "M": np.eye(2)}, OptionError, "mu and M were given"),
     "no form": ({}, OptionError, "no input-output matrix"),

@@ -303,6 +303,9 @@ def test_stationary_tokens_in_space() -> None:
     regime = classify(M=np.diag([1.0, -1.0]), s_delta=[0.3, 0.2], a=1.0, x0=[[1.0, 1.0]])
     assert (regime.kind, regime.margin) == ("stationary", 0.0)
     assert regime.boundaries
+    flat = classify(M=np.eye(2), s_delta=[0.3, -0.3], a=1.0, x0=[[1.0, 1.0]])
+    assert (flat.kind, flat.margin) == ("fast divergence", 0.0)
+    assert flat.boundaries == ("|S_Δ x_0| = 0 is within 1e-09 of 0",)
     zero = classify(M=-np.eye(2), s_delta=[0.3, 0.2], a=1.0, x0=[[0.0, 0.0], [1.0, 1.0]])
     assert zero.fates == ("stationary", "convergence")
     assert zero.boundaries == ("x_0 = 0",)

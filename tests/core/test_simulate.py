@@ -221,6 +221,21 @@ def test_overflow_is_said() -> None:
     assert simulate(mu=1.0, s_delta=1.0, a=1.0, x0=[1e200], t_end=1.0).reason == "overflow"
 
 
+def test_it_says_that_steps_or_accuracy_did_not_suffice() -> None:
+    line = simulate(mu=-1.0, s_delta=0.7, a=1.0, x0=[1.0, 2.0], t_end=1e30, max_steps=5)
+    assert (line.reason, line.steps) == ("max_steps reached", 5)
+    assert line.times[-1] <= line.stopped_at < 1e30
+    assert np.isfinite(line.tokens).all()
+    M, s_delta = -np.array([[1, 0.9], [0.9, 1]]), np.array([[-5.0, 0], [5, 0]])
+    parameters = {"mu": None, "M": M, "S_B": None, "S_C": None, "s_delta": s_delta, "a": np.array(1.0), "bias": 0.0}
+    options = {"times": None, "rtol": 1e-8, "points_per_step": 1, "max_steps": 10_000, "implicit": False}
+    x0 = np.array([[0.05, -0.1], [8.0, 1.0]])
+    stiff = _simulate.simulate(x0, parameters, sphere=False, t_end=1e8, **options)
+    assert stiff.reason == "tolerance unreachable"
+    assert 0 < stiff.stopped_at < 1e8
+    assert np.isfinite(stiff.tokens).all()
+
+
 def test_nothing_moves_without_mu() -> None:
     trajectory = simulate(mu=0.0, s_delta=1.0, a=1.0, x0=[1.0, -2.0], t_end=1e30)
     np.testing.assert_array_equal(trajectory.tokens, np.broadcast_to([1.0, -2.0], trajectory.tokens.shape))
@@ -254,6 +269,24 @@ def test_parameters_of_their_own_in_space() -> None:
         np.testing.assert_array_equal(many[i].tokens, one.tokens)
     with pytest.raises(OptionError, match="take one trajectory"):
         _ = many.events
+
+
+def test_ctrl_c_keeps_the_times_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    integrate, calls = _simulate.engine.integrate, []
+
+    def interrupted(*arguments: object) -> int:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return integrate(*arguments)
+
+    monkeypatch.setattr(_simulate.engine, "integrate", interrupted)
+    x0 = np.abs(generator("interrupt").normal(size=20_000)) + 0.1
+    trajectory = simulate(mu=-1.0, s_delta=-0.7, a=1.0, x0=x0, t_end=1e30)
+    assert trajectory.reason == "interrupted"
+    assert trajectory.steps == 20
+    assert 0 < trajectory.times[-1] <= trajectory.stopped_at < 1e30
+    assert np.isfinite(trajectory.tokens).all()
 
 
 def test_ctrl_c_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

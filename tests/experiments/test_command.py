@@ -26,9 +26,14 @@ from tokendyn.experiments.imagenet._config import PRESETS, ImageNetConfig
 FLAG_LIST = """
 --arms --seeds
 --data-dir --image-size --crop-padding --flip --no-flip --cache-mb --max-megapixels
---skip-corrupt --no-skip-corrupt --crop-area --on-device --no-on-device --mechanism --no-mechanism
+--skip-corrupt --no-skip-corrupt --crop-area
+--augment --rand-augment --color-jitter --mixup --cutmix --crop-share --interpolation
+--on-device --no-on-device --mechanism --no-mechanism
+--eval-only
 --model --drop-path --label-smoothing --parity
---epochs --steps --batch-size --learning-rate --final-learning-rate --warmup --weight-decay --beta1 --beta2
+--parallel
+--epochs --steps --batch-size --learning-rate --initial-learning-rate --final-learning-rate
+--warmup --weight-decay --beta1 --beta2
 --clip-norm --ema-decay --log-every --evaluate-every --checkpoint-every --keep-checkpoints
 --device --threads --precision --compile --no-compile --channels-last --no-channels-last
 --deterministic --no-deterministic

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tokendyn.experiments.imagenet._batches import (
 )
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder, read_image
 from tokendyn.experiments.imagenet._packed import load_packed
+from tokendyn.experiments.imagenet._shards import holds_shards, load_shards
 
 LIMIT = 10**6
 
@@ -299,3 +302,73 @@ def test_files_that_are_no_packed_tree(tmp_path: Path) -> None:
     save_file({"bytes": np.zeros(4, np.uint8), "offsets": np.array([0, 9]), "names": np.zeros(3, np.uint8)}, file)
     with pytest.raises(DataError, match="is no packed tree"):
         load_packed(file, **options)
+
+
+def write_shards(root: Path, tree: Path, *, classes: tuple[str, ...] = ("0", "1")) -> Path:
+    """The tree in two shards a split."""
+    for split in ("train", "val"):
+        files = sorted((tree / split).glob("*/*.png"))
+        for number in range(2):
+            shard = root / split / f"part-{number}.tar"
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(shard, "w") as archive:
+                for file in files[number::2]:
+                    key = f"{file.parent.name}-{file.stem}"
+                    archive.add(file, f"{key}.png")
+                    label = classes[int(file.parent.name[-1])].encode()
+                    entry = tarfile.TarInfo(f"{key}.cls")
+                    entry.size = len(label)
+                    archive.addfile(entry, io.BytesIO(label))
+    return root
+
+
+def test_shards_hold_the_tree(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree")
+    root = write_shards(tmp_path / "shards", tree)
+    assert holds_shards(root)
+    assert not holds_shards(tree)
+    options: dict[str, Any] = {"size": 16, "max_pixels": LIMIT, "skip_corrupt": False}
+    loose = load_folder(str(tree), cache_mb=1, **options).train
+    assert loose.pixels is not None
+    for cache_mb in (0, 1):
+        images = load_shards(root, cache_mb=cache_mb, **options)
+        assert images.classes == ("0", "1")
+        assert len(images.held_out) == 6
+        pixels, problems = images.train.read(np.arange(16))
+        assert not problems
+        # Within a class a shard after the other: even files, then odd ones.
+        order = [*range(0, 8, 2), *range(1, 8, 2), *range(8, 16, 2), *range(9, 16, 2)]
+        np.testing.assert_array_equal(pixels, loose.pixels[order])
+        np.testing.assert_array_equal(images.train.labels, loose.labels)
+
+
+def test_shards_that_are_damaged(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree")
+    options: dict[str, Any] = {"size": 16, "max_pixels": LIMIT, "skip_corrupt": False, "cache_mb": 0}
+    root = write_shards(tmp_path / "a", tree, classes=("0", "one"))
+    with pytest.raises(DataError, match=r"part-0\.tar cannot be read"):
+        load_shards(root, **options)
+    root = write_shards(tmp_path / "b", tree)
+    shard = root / "train" / "part-1.tar"
+    shard.write_bytes(b"\x80\x04 no archive" * 100)
+    with pytest.raises(DataError, match=r"part-1\.tar cannot be read"):
+        load_shards(root, **options)
+    with tarfile.open(shard, "w") as archive:
+        archive.add(tree / "train" / "class0" / "000.png", "a.png")
+    with pytest.raises(DataError, match=r"holds a\.png but no a\.cls"):
+        load_shards(root, **options)
+    for file in (root / "val").iterdir():
+        file.unlink()
+    shard.unlink()
+    with pytest.raises(DataError, match="holds no shards with images"):
+        load_shards(root, **options)
+
+
+def test_the_centre_of_an_image(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", width=40, height=20)
+    whole = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 20, LIMIT), whole[:, 10:30])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 10, LIMIT, crop_share=0.5), whole[5:15, 15:25])
+    smooth = read_image(tmp_path / "a.png", 30, LIMIT, interpolation="bicubic")
+    expected = Image.fromarray(whole).resize((60, 30), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(smooth, np.asarray(expected)[:, 15:45])

@@ -77,12 +77,12 @@ def _classify_one(x0: np.ndarray, parameters: dict[str, Any], tolerance: float) 
         if high > -tolerance:
             notes.append(f"boundary: the largest eigenvalue of M, {high:.3g}, is within {tolerance:.3g} of 0")
     elif fates[0] == UNDECIDED:
-        fate, note, margin = _first_token(x0[0], p, shared, low, high)
+        fate, note, (name, margin) = _first_token(x0[0], p, shared, low, high)
         if fate != UNDECIDED:
             fates[0], known[0] = fate, DERIVED
         notes.append(note)
         if margin <= tolerance:
-            notes.append(f"boundary: x_0ᵀ M x_0 / |x_0|² = {margin:.3g} is within {tolerance:.3g} of 0")
+            notes.append(f"boundary: |{name}| = {margin:.3g} is within {tolerance:.3g} of 0")
     trajectory = None
     if (fates == UNDECIDED).any():
         trajectory = _look(x0, parameters, fates)
@@ -114,23 +114,27 @@ def _symmetric(S_B: np.ndarray, S_C: np.ndarray) -> bool:
     return bool(np.abs(M - M.T).max() <= 8 * np.finfo(float).eps * np.abs(M).max())
 
 
-def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -> tuple[int, str, float]:
-    """Fate of token 1, why, and ``|x_1ᵀ M x_1| / |x_1|²``."""
+def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -> tuple[int, str, tuple[str, float]]:
+    """Fate of token 1, why, and the nearest boundary: ``x_1ᵀ M x_1 / |x_1|² = 0`` or, with one Δ, ``S_Δ x_1 = 0``."""
     form = float((p.S_C @ x) @ (p.S_B @ x)) / float(x @ x)
+    boundary = "x_0ᵀ M x_0 / |x_0|²", abs(form)
     if form == 0:
-        return STATIONARY, "Token 0 stays where it is, since x_0ᵀ M x_0 = 0.", 0.0
+        return STATIONARY, "Token 0 stays where it is, since x_0ᵀ M x_0 = 0.", boundary
     if shared:
+        pull = float(p.S_delta[0] @ x)
         if form < 0:
             fate, speed = CONVERGENCE, "goes to 0 like t^(-1/2)"
-        elif p.S_delta[0] @ x < 0:
+        elif pull < 0:
             fate, speed = SLOW, "goes to infinity like ln t"
         else:
             fate, speed = FAST, "blows up in finite time"
+        if form > abs(pull):
+            boundary = "S_Δ x_0", abs(pull)
         return (
             fate,
             f"Token 0 keeps its direction, for Δ is shared by the channels, and {speed}: it is a token of the line "
             f"with μ = x_0ᵀ M x_0 / |x_0|² = {form:.4g} (derived).",
-            abs(form),
+            boundary,
         )
     present = x != 0
     signs = np.sign(x[present])
@@ -140,17 +144,17 @@ def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -
         return (
             CONVERGENCE,
             "Token 0 goes to 0, for xᵀ M x < 0 in its whole orthant, which it does not leave (derived).",
-            abs(form),
+            boundary,
         )
     if low > 0 or ((oriented >= 0).all() and (np.diag(oriented) > 0).all()):
         text = "Token 0 goes to infinity, for xᵀ M x > 0 in its whole orthant (derived); how fast is simulated."
-        return UNDECIDED, text, abs(form)
+        return UNDECIDED, text, boundary
     direction = "shrinks" if form < 0 else "grows"
     text = (
         f"Token 0 {direction} at first, x_0ᵀ M x_0 / |x_0|² = {form:.4g}; as Δ differs between channels its direction "
         f"turns and the sign may change, so this proves nothing about the end."
     )
-    return UNDECIDED, text, abs(form)
+    return UNDECIDED, text, boundary
 
 
 def _look(x0: np.ndarray, parameters: dict[str, Any], fates: np.ndarray) -> Any:

@@ -28,6 +28,8 @@ class TrainConfig:
     """Training examples in one step."""
     learning_rate: float = 1e-3
     """Peak of the learning rate: linear warm-up to it, cosine decay from it (AdamW)."""
+    initial_learning_rate: float = 0.0
+    """Learning rate from which the warm-up starts."""
     final_learning_rate: float = 1e-5
     """Learning rate at the last step."""
     warmup: float = 0.05
@@ -54,7 +56,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "epochs", "batch_size", "log_every", "evaluate_every", "checkpoint_every")
         expect_at_least(self, 1, "keep_checkpoints", "steps")
-        expect_at_least(self, 0, "learning_rate", "final_learning_rate", "weight_decay", "clip_norm")
+        expect_at_least(
+            self, 0, "learning_rate", "initial_learning_rate", "final_learning_rate", "weight_decay", "clip_norm"
+        )
         expect_within(self, 0, 1, "warmup", "beta1", "beta2", "ema_decay")
 
 

@@ -17,7 +17,8 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     """Rate of update number ``step`` (from 0) of ``total``: linear warm-up, then cosine decay."""
     warmup = round(config.warmup * total)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        rise = config.learning_rate - config.initial_learning_rate
+        return config.initial_learning_rate + rise * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
     swing = config.learning_rate - config.final_learning_rate
     return config.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -401,7 +401,7 @@ class Trainer:
         self.step = checkpoint.step
         current = self.model.state_dict()
         saved = checkpoint.tensors["model"].items()
-        _load_weights(self.model, {name: like(current[name], x) if name in current else x for name, x in saved})
+        load_weights(self.model, {name: like(current[name], x) if name in current else x for name, x in saved})
         load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint.tensors["average"])
@@ -440,13 +440,18 @@ def load_trained(task: Task, folder: Path) -> nn.Module:
     if "average" in checkpoint.tensors:
         inner = checkpoint.tensors["average"].items()
         weights = {name.removeprefix("module."): value for name, value in inner if name.startswith("module.")}
-    _load_weights(model, weights)
+    load_weights(model, weights)
     if isinstance(task, Scheduled):
         task.set_progress(model, 1.0)
     return model.eval()
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the model's state.
+
+    Raises:
+        CheckpointError: names or shapes are not the model's.
+    """
     try:
         model.load_state_dict(weights)
     except RuntimeError as cause:

@@ -25,7 +25,8 @@ class DataConfig:
     """Images: an ImageFolder tree, or without one scikit-learn's digits."""
 
     data_dir: str | None = None
-    """Folder that holds train/CLASS/* and val/CLASS/*, or a file that imagenet.pack made of one."""
+    """Folder of train/CLASS/* and val/CLASS/*, or of shards train/*.tar and val/*.tar, or a file that
+    imagenet.pack made."""
     image_size: int = 16
     """Pixels on a side; the shorter side is brought to it, and the centre cut out."""
     crop_padding: int = 2
@@ -40,6 +41,20 @@ class DataConfig:
     """Train without images that cannot be read at the start, instead of stopping there."""
     crop_area: float = 1.0
     """Below 1: instead of shifted crops take parts of the image of at least this share of its area, enlarged."""
+    augment: Literal["crop", "timm"] = "crop"
+    """crop: crops and mirrors. timm: its whole chain, with RandAugment and colours (needs tokendyn[vision])."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name of an automatic augmentation; empty for none."""
+    color_jitter: float = 0.4
+    """Of timm's chain without automatic augmentation: reach of random brightness, contrast, saturation."""
+    mixup: float = 0.0
+    """Above 0: mix images in pairs, weights from Beta(mixup, mixup) (timm)."""
+    cutmix: float = 0.0
+    """Above 0: paste parts of other images, areas from Beta(cutmix, cutmix) (timm)."""
+    crop_share: float = 1.0
+    """Side of the centre that is cut out over the image's shorter side."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are brought to size."""
     on_device: bool = False
     """Keep all training images in the device's memory and cut them out there; they must fit into --cache-mb."""
     mechanism: bool = False
@@ -49,7 +64,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         expect_at_least(self, 1, "image_size")
         expect_at_least(self, 0, "crop_padding", "cache_mb")
-        expect_within(self, 0.01, 1, "crop_area")
+        expect_within(self, 0.01, 1, "crop_area", "crop_share")
+        expect_at_least(self, 0, "mixup", "cutmix", "color_jitter")
+        if self.augment == "timm" and self.on_device:
+            raise OptionError("--augment timm works on the CPU, image by image; leave out --on-device")
         expect_within(self, 0.001, 178.0, "max_megapixels")  # Pillow itself opens no larger ones
 
 
@@ -65,6 +83,8 @@ class ModelConfig:
     """Part of the target spread over all classes."""
     parity: Literal["clean", "published"] = "clean"
     """published: with the quirks of the public MambaVision."""
+    eval_only: str | None = None
+    """Evaluate these weights (safetensors, such as the public MambaVision-T's) in the first arm; train nothing."""
 
     def __post_init__(self) -> None:
         expect_within(self, 0, 0.99, "drop_path")
@@ -225,3 +245,49 @@ def study_64px() -> ImageNetConfig:
         compute=ComputeConfig(threads=1, precision="bfloat16", channels_last=True, deterministic=False),
         run=RunConfig(jobs=8),
     )
+
+
+def _table3(arms: tuple[str, ...]) -> ImageNetConfig:
+    return ImageNetConfig(
+        arms=arms,
+        data=DataConfig(
+            image_size=224,
+            augment="timm",
+            crop_area=0.08,
+            mixup=0.8,
+            cutmix=1.0,
+            crop_share=0.875,
+            interpolation="bicubic",
+            cache_mb=0,
+        ),
+        model=ModelConfig(model="mambavision_t", drop_path=0.2, label_smoothing=0.1, parity="published"),
+        train=TrainConfig(
+            epochs=310,
+            batch_size=512,
+            learning_rate=8e-4,
+            initial_learning_rate=1e-6,
+            final_learning_rate=5e-6,
+            warmup=20 / 310,
+            weight_decay=0.05,
+            clip_norm=5.0,
+            log_every=100,
+            evaluate_every=2502,
+            checkpoint_every=1000,
+        ),
+        compute=ComputeConfig(
+            threads=4, precision="bfloat16", channels_last=True, compile=True, deterministic=False, device="auto"
+        ),
+        run=RunConfig(workers=12),
+    )
+
+
+@preset
+def table3_baseline() -> ImageNetConfig:
+    """Paper 1's Table 3: MambaVision-T on ImageNet-1K at full scale, for torchrun on 4 GPUs; needs tokendyn[vision]."""
+    return _table3(("baseline",))
+
+
+@preset
+def table3_reorder() -> ImageNetConfig:
+    """The same with the published reordering of tokens."""
+    return _table3(("published",))

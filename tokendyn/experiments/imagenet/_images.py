@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -26,8 +26,15 @@ SPLITS = ("train", "val")
 DIGITS_HELD_OUT = 360  # of 1,797
 
 
+class Content(Protocol):
+    """A file inside another one."""
+
+    def read(self) -> bytes: ...
+
+
+Source = Path | bytes | Content
 # Split -> class -> files as (name, source).
-Found = dict[str, dict[str, list[tuple[str, Path | bytes]]]]
+Found = dict[str, dict[str, list[tuple[str, Source]]]]
 
 
 @dataclass
@@ -47,7 +54,9 @@ class ImageSet:
     size: int
     max_pixels: int
     pixels: np.ndarray | None = None
-    files: Sequence[Path | bytes] = ()
+    files: Sequence[Source] = ()
+    crop_share: float = 1.0
+    interpolation: str = "bilinear"
     unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -64,10 +73,25 @@ class ImageSet:
         problems = {}
         for place, index in enumerate(indices.tolist()):
             try:
-                out[place] = read_image(self.files[index], self.size, self.max_pixels, self.names[index])
+                out[place] = self.decode(index)
             except DataError as problem:
                 problems[place] = str(problem)
         return out, problems
+
+    def decode(self, index: int) -> np.ndarray:
+        """:func:`read_image` of one file."""
+        return read_image(
+            self.files[index],
+            self.size,
+            self.max_pixels,
+            self.names[index],
+            crop_share=self.crop_share,
+            interpolation=self.interpolation,
+        )
+
+    def open(self, index: int) -> Image.Image:
+        """:func:`open_image` of one file."""
+        return open_image(self.files[index], self.max_pixels, self.names[index])
 
 
 @dataclass(frozen=True)
@@ -80,12 +104,37 @@ class Images:
     fingerprint: dict[str, Any]
 
 
-def read_image(source: Path | bytes, size: int, max_pixels: int, name: str | None = None) -> np.ndarray:
-    """The image as (size, size, 3) uint8: RGB, shorter side to ``size`` (bilinear, antialiased), centre crop.
+def read_image(
+    source: Source,
+    size: int,
+    max_pixels: int,
+    name: str | None = None,
+    *,
+    crop_share: float = 1.0,
+    interpolation: str = "bilinear",
+) -> np.ndarray:
+    """The image as (size, size, 3) uint8: RGB, brought to size, centre crop.
 
     Args:
-        source: a file, or its content.
+        source: a file, or its content, or what gives it.
         name: what messages call it; the path by default.
+        crop_share: the crop's side over the image's shorter one.
+        interpolation: ``"bilinear"`` or ``"bicubic"``, antialiased.
+
+    Raises:
+        DataError: see :func:`open_image`.
+    """
+    image = open_image(source, max_pixels, name)
+    scale = size / crop_share / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def open_image(source: Source, max_pixels: int, name: str | None = None) -> Image.Image:
+    """The image, decoded and in RGB.
 
     Raises:
         DataError: it is missing, no image, truncated, or has more than ``max_pixels`` pixels.
@@ -94,20 +143,19 @@ def read_image(source: Path | bytes, size: int, max_pixels: int, name: str | Non
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warnings on size and odd metadata
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            content = (
+                source
+                if isinstance(source, Path)
+                else io.BytesIO(source if isinstance(source, bytes) else source.read())
+            )
+            with Image.open(content, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise DataError(
                         f"{file} is {width} x {height} pixels, more than the limit of {max_pixels / 1e6:g} million; "
                         f"shrink it, or raise --max-megapixels"
                     )
-                scale = size / min(width, height)
-                scaled = (max(size, round(width * scale)), max(size, round(height * scale)))
-                left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-                image = image.convert("RGB")
-                if scaled != image.size:
-                    image = image.resize(scaled, Image.Resampling.BILINEAR)
-                return np.asarray(image.crop((left, top, left + size, top + size)))
+                return image.convert("RGB")
     except DataError:
         raise
     except Image.DecompressionBombError as cause:
@@ -120,14 +168,14 @@ def read_image(source: Path | bytes, size: int, max_pixels: int, name: str | Non
         raise DataError(f"{file} cannot be decoded ({cause}); replace or remove it") from cause
 
 
-def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_corrupt: bool) -> Images:
+def load_folder(root: str, **options: Any) -> Images:
     """An ImageFolder tree: ``root/train/CLASS/*`` and ``root/val/CLASS/*``, in sorted order.
 
     If both splits fit into ``cache_mb`` they are decoded here. Otherwise the first image of every class is
     tried, and the others are decoded when needed.
 
     Args:
-        skip_corrupt: go on without the images that cannot be read instead of raising for the first.
+        options: see :func:`assemble`.
 
     Raises:
         DataError: a folder is missing or empty, the splits have different classes, or an image is bad.
@@ -140,7 +188,7 @@ def load_folder(root: str, *, size: int, cache_mb: int, max_pixels: int, skip_co
         split: {name: [(file.relative_to(base).as_posix(), file) for file in entries] for name, entries in of.items()}
         for split, of in found.items()
     }
-    return assemble(base, files, size=size, cache_mb=cache_mb, max_pixels=max_pixels, skip_corrupt=skip_corrupt)
+    return assemble(base, files, **options)
 
 
 def assemble(
@@ -151,8 +199,20 @@ def assemble(
     cache_mb: int,
     max_pixels: int,
     skip_corrupt: bool,
+    crop_share: float = 1.0,
+    interpolation: str = "bilinear",
 ) -> Images:
-    """Both splits of a data set. ``found``: split -> class -> files as (name below ``base``, source), all sorted."""
+    """Both splits of a data set.
+
+    Args:
+        found: split -> class -> files as (name below ``base``, source), all sorted.
+        size, max_pixels, crop_share, interpolation: see :func:`read_image`.
+        cache_mb: decode all now if both splits fit.
+        skip_corrupt: go on without the images that cannot be read instead of raising for the first.
+
+    Raises:
+        DataError: the splits have different classes, or an image is bad.
+    """
     classes = tuple(found["train"])
     if set(classes) != set(found["val"]):
         only_train = sorted(set(classes) - set(found["val"]))
@@ -174,13 +234,15 @@ def assemble(
         files = [entry for name in classes for entry in found[split][name]]
         labels = np.concatenate([np.full(len(found[split][name]), i, np.int64) for i, name in enumerate(classes)])
         names = [str(base / name) for name, _ in files]
-        images = ImageSet(names, labels, size, max_pixels, files=[source for _, source in files])
+        images = ImageSet(names, labels, size, max_pixels)
+        images.files = [source for _, source in files]
+        images.crop_share, images.interpolation = crop_share, interpolation
         if cached:
             _decode_all(images, skip_corrupt)
         elif not skip_corrupt:
             for name in classes:
                 first, source = found[split][name][0]
-                read_image(source, size, max_pixels, str(base / first))
+                open_image(source, max_pixels, str(base / first))
         sets.append(images)
     fingerprint = {
         "kind": "folder",
@@ -245,9 +307,9 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _decode_all(images: ImageSet, skip_corrupt: bool) -> None:
     pixels = np.zeros((len(images), images.size, images.size, 3), np.uint8)
-    for index, file in enumerate(images.files):
+    for index in range(len(images)):
         try:
-            pixels[index] = read_image(file, images.size, images.max_pixels, images.names[index])
+            pixels[index] = images.decode(index)
         except DataError as problem:
             if not skip_corrupt:
                 raise DataError(f"{problem}; --skip-corrupt trains without such images") from problem

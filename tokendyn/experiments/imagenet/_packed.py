@@ -8,6 +8,7 @@ the tree, one a line.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -38,8 +39,8 @@ def pack_folder(tree: Path, file: Path) -> int:
     return len(files)
 
 
-def load_packed(file: Path, *, size: int, cache_mb: int, max_pixels: int, skip_corrupt: bool) -> Images:
-    """The tree that was packed into ``file``; see :func:`._images.load_folder`.
+def load_packed(file: Path, **options: Any) -> Images:
+    """The tree that was packed into ``file``; ``options``: see :func:`._images.assemble`.
 
     Raises:
         DataError: it is no such file, or what :func:`._images.load_folder` raises.
@@ -60,4 +61,4 @@ def load_packed(file: Path, *, size: int, cache_mb: int, max_pixels: int, skip_c
     found: Found = {split: {} for split in SPLITS}
     for name, (split, label, _), start, end in zip(names, paths, offsets, offsets[1:], strict=False):
         found[split].setdefault(label, []).append((name, content[start:end]))
-    return assemble(file, found, size=size, cache_mb=cache_mb, max_pixels=max_pixels, skip_corrupt=skip_corrupt)
+    return assemble(file, found, **options)

@@ -7,17 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokendyn.errors import OptionError
+import torch
+
+from tokendyn.errors import CheckpointError, OptionError
+from tokendyn.experiments import _cli
+from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import open_folder
 from tokendyn.experiments._study import Study
-from tokendyn.experiments._trainer import resolve_device
+from tokendyn.experiments._trainer import load_weights, numerics, resolve_device
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
 from tokendyn.experiments.imagenet._packed import SUFFIX, load_packed
 from tokendyn.experiments.imagenet._report import write_report
-from tokendyn.experiments.imagenet._task import ImageTasks
+from tokendyn.experiments.imagenet._shards import holds_shards, load_shards
+from tokendyn.experiments.imagenet._task import ImageTask, ImageTasks
 
 
 def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> None:
@@ -41,6 +46,9 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         images = load_images(preset, config)
 
         make_task = ImageTasks(images, config)
+        if config.model.eval_only is not None:
+            evaluate_weights(Path(config.model.eval_only), make_task(config.arms[0], config.seeds[0]), config)
+            return
         make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
         folder = Path()
         if group.leads:
@@ -65,6 +73,41 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
             print("other processes still train some of these runs; give the same command again for the report")
             return
         write_report(folder, preset, config, images, runs)
+
+
+def evaluate_weights(file: Path, task: ImageTask, config: ImageNetConfig) -> None:
+    """Print the held-out measures of a model with the weights in ``file``.
+
+    Raises:
+        CheckpointError: they cannot be read, or are another model's.
+    """
+    device = torch.device(config.compute.device)
+    with numerics(config.compute), torch.no_grad():
+        model = task.build_model()
+        load_weights(model, read_weights(file))
+        model.to(device).eval()
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=config.compute.precision == "bfloat16")
+        with precision:
+            measures, skipped = task.held_out(model, device)
+    if current_group().leads:
+        for message in skipped.values():
+            print(f"skipped: {message}", file=sys.stderr)
+        _cli.print_json({"weights": str(file), "images": len(task.images.held_out), **measures})
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, without the name that a wrapper may have put before all of them.
+
+    Raises:
+        CheckpointError: there is no such file, or it is none.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"--eval-only {file} is no file; expected weights as safetensors")
+    tensors = read_tensors(file)
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
 
 
 def _introduce(preset: str, config: ImageNetConfig, images: Images, folder: Path) -> None:
@@ -96,7 +139,11 @@ def load_images(preset: str, config: ImageNetConfig) -> Images:
         "cache_mb": data.cache_mb,
         "max_pixels": int(data.max_megapixels * 1e6),
         "skip_corrupt": data.skip_corrupt,
+        "crop_share": data.crop_share,
+        "interpolation": data.interpolation,
     }
+    if holds_shards(Path(data.data_dir)):
+        return load_shards(Path(data.data_dir), **options)
     if Path(data.data_dir).suffix == SUFFIX:
         return load_packed(Path(data.data_dir), **options)
     return load_folder(data.data_dir, **options)

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from tokendyn.backends.torch import models
 from tokendyn.backends.torch.layers import record_orders
 from tokendyn.backends.torch.layers._ordering import ScoreOrdering
 from tokendyn.errors import DataError, OptionError
+from tokendyn.experiments._distributed import Group, current_group
+from tokendyn.experiments._signals import leave_signals_to_parent
 from tokendyn.experiments._task import Batch
 from tokendyn.experiments.imagenet._arms import Arm, resolve_arm
 from tokendyn.experiments.imagenet._batches import Augmentation, crop, plan_batch, readable_batch
@@ -27,6 +30,7 @@ from tokendyn.experiments.imagenet._measures import (
     measure_orders,
     shuffled_orders,
 )
+from tokendyn.experiments.imagenet._timm import augment, mix, timm_data
 
 # Mean and deviation of ImageNet's channels: the customary scale of inputs, used for all data here.
 MEAN = (0.485, 0.456, 0.406)
@@ -56,6 +60,8 @@ class ImageTask:
             )
         if config.data.on_device and images.train.pixels is None:
             raise OptionError("--on-device was given, but the images do not fit into --cache-mb; raise it")
+        if config.data.augment == "timm" or config.data.mixup or config.data.cutmix:
+            timm_data()  # what is missing is said before the training
         self._resident: Tensor | None = None
 
     @property
@@ -92,12 +98,41 @@ class ImageTask:
             train, step, batch_size=self.config.train.batch_size, seed=self.seed, augmentation=augmentation
         )
         indices, crops = indices[part], crops[part]
+        if self.config.data.augment == "timm":
+            return self._augmented(step // self.steps_per_epoch, indices)
         if self.config.data.on_device and not train.unreadable:
             tensors = {"indices": torch.from_numpy(indices), "crops": torch.from_numpy(crops)}
             return Batch(tensors | {"labels": torch.from_numpy(train.labels[indices])})
         pixels, indices, skipped = readable_batch(train, indices)
         cut = crop(torch.from_numpy(pixels), torch.from_numpy(crops), augmentation.padding)
         return Batch({"pixels": cut, "labels": torch.from_numpy(train.labels[indices])}, skipped)
+
+    def _augmented(self, epoch: int, indices: np.ndarray) -> Batch:
+        """Images as timm's chain makes them; one that cannot be read is replaced by its successor."""
+        data, train, skipped = self.config.data, self.images.train, {}
+        pixels, labels = np.zeros((len(indices), data.image_size, data.image_size, 3), np.uint8), []
+        for place, index in enumerate(indices.tolist()):
+            for distance in range(len(train)):
+                taken = (index + distance) % len(train)
+                try:
+                    image = train.open(taken)
+                except DataError as problem:
+                    skipped[train.names[taken]] = str(problem)
+                    continue
+                break
+            else:
+                raise DataError(f"none of the {len(train)} training images can be read; {next(iter(skipped.values()))}")
+            pixels[place] = augment(
+                image,
+                (self.seed, epoch, index),
+                size=data.image_size,
+                rand_augment=data.rand_augment,
+                color_jitter=data.color_jitter,
+                smallest_area=data.crop_area,
+                flip=data.flip,
+            )
+            labels.append(train.labels[taken])
+        return Batch({"pixels": torch.from_numpy(pixels), "labels": torch.tensor(labels)}, skipped)
 
     def loss(self, model: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         labels = tensors["labels"]
@@ -107,8 +142,20 @@ class ImageTask:
             pixels = crop(
                 self._pixels_on(labels.device)[tensors["indices"]], tensors["crops"], self._augmentation.padding
             )
-        logits = model(to_input(pixels)).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.model.label_smoothing)
+        data, smoothing = self.config.data, self.config.model.label_smoothing
+        inputs, targets = to_input(pixels), labels
+        if data.mixup or data.cutmix:  # the targets that come back are smooth already
+            inputs, targets = mix(
+                inputs,
+                labels,
+                mixup=data.mixup,
+                cutmix=data.cutmix,
+                smoothing=smoothing,
+                classes=len(self.images.classes),
+            )
+            smoothing = 0.0
+        logits = model(inputs).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return loss, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()}
 
     def _pixels_on(self, device: torch.device) -> Tensor:
@@ -121,35 +168,41 @@ class ImageTask:
     def evaluate(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
         """Held-out loss and accuracy (top-5 too where there are more than 10 classes), and the orders' measures; with
         ``--mechanism`` those of :func:`~._measures.measure_mechanism` and the accuracy with shuffled orders."""
-        measures, skipped = self._held_out(model, device)
+        measures, skipped = self.held_out(model, device)
         pixels, labels = self._measured(device)
         if not self.config.data.mechanism:
             orders = measure_orders(model, to_input(pixels))
             return (measures | {"orders": orders} if orders else measures), skipped
         with shuffled_orders(model, self.seed):
-            measures["accuracy_shuffled"] = self._held_out(model, device)[0]["accuracy"]
+            measures["accuracy_shuffled"] = self.held_out(model, device)[0]["accuracy"]
         found = measure_mechanism(model, to_input(pixels), labels)
         return measures | {key: value for key, value in found.items() if value}, skipped
 
-    def _held_out(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
-        held_out = self.images.held_out
+    def held_out(self, model: nn.Module, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+        """Loss and accuracy, top-5 too where there are more than 10 classes; several processes share the images."""
+        images, group = self.images.held_out, current_group()
         top = 5 if len(self.images.classes) > 10 else 1
         skipped: dict[str, str] = {}
-        loss = correct = among_top = count = 0.0
-        for start in range(0, len(held_out), EVALUATION_BATCH):
-            indices = np.arange(start, min(start + EVALUATION_BATCH, len(held_out)))
-            pixels, labels = _readable(held_out, indices, skipped)
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, hits, hits among the top, images
+        workers = self.config.run.workers if images.pixels is None else 0
+        for pixels, labels, unreadable in DataLoader(
+            _HeldOut(images, group),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # or the loader would draw from the global generator
+        ):
+            skipped |= unreadable
+            logits = model(to_input(pixels.to(device))).float()  # with no image too: FSDP2's processes go together
             if not len(labels):
                 continue
-            targets = torch.from_numpy(labels).to(device)
-            logits = model(to_input(torch.from_numpy(pixels).to(device))).float()
-            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            targets = labels.to(device)
             hits = logits.topk(top, dim=1).indices == targets[:, None]
-            correct += hits[:, 0].sum().item()
-            among_top += hits.sum().item()
-            count += len(labels)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+        loss, correct, among_top, count = group.sum(sums).tolist()
         if not count:
-            raise DataError(f"none of the {len(held_out)} held-out images can be read; {next(iter(skipped.values()))}")
+            raise DataError(f"none of the {len(images)} held-out images can be read; {next(iter(skipped.values()))}")
         measures: dict[str, Any] = {"loss": loss / count, "accuracy": correct / count}
         if top > 1:
             measures["accuracy_top5"] = among_top / count
@@ -201,6 +254,23 @@ def mosaic(values: Tensor, count: int) -> Tensor:
     across = math.isqrt(values.shape[0] // count)
     squares = values.reshape(count, across, across, side, side)
     return squares.transpose(2, 3).reshape(count, across * side, across * side)
+
+
+class _HeldOut(Dataset["tuple[Tensor, Tensor, dict[str, str]]"]):
+    """This process's batches of held-out images: pixels, labels, what cannot be read. Each process has as many."""
+
+    def __init__(self, images: ImageSet, group: Group) -> None:
+        self.images, self.group = images, group
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images) / (EVALUATION_BATCH * self.group.size))
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor, dict[str, str]]:
+        start = min((place * self.group.size + self.group.rank) * EVALUATION_BATCH, len(self.images))
+        indices = np.arange(start, min(start + EVALUATION_BATCH, len(self.images)))
+        skipped: dict[str, str] = {}
+        pixels, labels = _readable(self.images, indices, skipped)
+        return torch.from_numpy(pixels), torch.from_numpy(labels), skipped
 
 
 @dataclass(frozen=True)
