@@ -12,17 +12,17 @@ from tokendyn.errors import NotImplementedForBackend, OptionError
 
 #: Constructor -> the backends that have it.
 CONSTRUCTORS: dict[str, tuple[str, ...]] = {
-    "S6": ("torch",),
-    "Mamba": ("torch",),
-    "TokenReorder": ("torch",),
+    "S6": ("torch", "jax"),
+    "Mamba": ("torch", "jax"),
+    "TokenReorder": ("torch", "jax"),
     "CausalAttention": ("torch",),
     "H3": ("torch",),
     "H3LM": ("torch",),
+    "MambaLM": ("torch", "jax"),
     "TransformerLM": ("torch",),
-    "MambaLM": ("torch",),
-    "mamba_lm_130m": ("torch",),
-    "MambaVision": ("torch",),
-    "mambavision_t": ("torch",),
+    "mamba_lm_130m": ("torch", "jax"),
+    "MambaVision": ("torch", "jax"),
+    "mambavision_t": ("torch", "jax"),
 }
 
 OrderMethod = Literal["softsort", "hard", "straight_through", "random", "reversed", "mean"]

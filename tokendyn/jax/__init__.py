@@ -1,10 +1,23 @@
-"""tokendyn on JAX, without dispatch: every operation for JAX arrays and tracers."""
+"""tokendyn on JAX, without dispatch: every operation for JAX arrays and tracers, and the trainable layers (Flax NNX).
+
+The layers are loaded when first used, so that the operations need no Flax.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tokendyn import _operations as _ops
 from tokendyn._dispatch import bind as _bind
 from tokendyn._dispatch import load_backend as _load_backend
+
+if TYPE_CHECKING:
+    from tokendyn._layers import OrderConfig
+    from tokendyn.backends.jax._weights import load_state_dict, load_weights, save_weights, state_dict
+    from tokendyn.backends.jax.layers import S6, Mamba, TokenOrdering, TokenReorder
+    from tokendyn.backends.jax.models import MambaLM, MambaVision, mamba_lm_130m, mambavision_t
+    from tokendyn.jax import models
 
 _load_backend("jax")
 
@@ -28,6 +41,13 @@ take_tokens = _bind(_ops.take_tokens, "jax")
 token_order = _bind(_ops.token_order, "jax")
 
 __all__ = [
+    "S6",
+    "Mamba",
+    "MambaLM",
+    "MambaVision",
+    "OrderConfig",
+    "TokenOrdering",
+    "TokenReorder",
     "attention_flow",
     "autoregressive_flow",
     "effective_tokens",
@@ -37,13 +57,38 @@ __all__ = [
     "importance_score",
     "io_projections",
     "io_spectrum",
+    "load_state_dict",
+    "load_weights",
+    "mamba_lm_130m",
+    "mambavision_t",
+    "models",
     "put_tokens",
+    "save_weights",
     "selective_scan",
     "selective_state_update",
     "softsort",
     "softsort_matrix",
     "softsort_restore",
     "sphere_flow",
+    "state_dict",
     "take_tokens",
     "token_order",
 ]
+
+_LAZY = {
+    "OrderConfig": "tokendyn._layers",
+    **dict.fromkeys(
+        ("load_state_dict", "load_weights", "save_weights", "state_dict"), "tokendyn.backends.jax._weights"
+    ),
+    **dict.fromkeys(("S6", "Mamba", "TokenOrdering", "TokenReorder"), "tokendyn.backends.jax.layers"),
+    **dict.fromkeys(("MambaLM", "MambaVision", "mamba_lm_130m", "mambavision_t"), "tokendyn.backends.jax.models"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module("tokendyn.jax.models")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tokendyn.jax' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value

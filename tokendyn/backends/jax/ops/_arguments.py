@@ -43,6 +43,12 @@ def sequence_starts(seq_idx: jax.Array, valid: jax.Array | None = None) -> jax.A
     return starts if valid is None else starts & valid
 
 
+def varying_like(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """``x``, said to differ among devices wherever one of ``arrays`` does: a loop's first value under ``shard_map``."""
+    axes = frozenset[str]().union(*(jax.typeof(array).vma for array in arrays)) - jax.typeof(x).vma
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def step_size(
     delta: jax.Array, delta_bias: jax.Array | None, delta_softplus: bool, valid: jax.Array | None
 ) -> jax.Array:

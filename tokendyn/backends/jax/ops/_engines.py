@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
+from tokendyn._checks import dtype_name
 from tokendyn.backends.jax.ops import _scan_xla
 from tokendyn.errors import EngineError, OptionError
+
+#: Largest N whose state the kernels hold in registers.
+PALLAS_STATE = 256
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,52 @@ class Engine:
     run: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-ENGINES: tuple[Engine, ...] = (Engine("xla", lambda arguments: None, _scan_xla.run),)
+def platform_of(array: jax.Array) -> str:
+    """Where a computation on ``array`` runs: its device, or for a tracer the device that JAX takes by default."""
+    if not isinstance(array, Tracer):
+        return next(iter(array.devices())).platform
+    default = jax.config.read("jax_default_device")
+    if default is None:
+        return jax.default_backend()
+    return default if isinstance(default, str) else default.platform
+
+
+def split_by_the_compiler(array: jax.Array) -> bool:
+    """Whether XLA may have to cut ``array`` over devices: traced where there are several, outside ``jax.shard_map``."""
+    if not isinstance(array, Tracer):
+        return len(array.devices()) > 1
+    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+
+
+def kernels_decline(array: jax.Array) -> str | None:
+    """Why a GPU kernel cannot be run on ``array``, or None."""
+    platform = platform_of(array)
+    if platform not in ("gpu", "cuda"):
+        return f"the arrays are on {platform}, it needs an NVIDIA GPU"
+    if dtype_name(array) == "float64":
+        return "it computes in float32, the arrays are float64"
+    if split_by_the_compiler(array):
+        return "XLA cannot divide a kernel among devices; call it inside jax.shard_map, or show the process one device"
+    return None
+
+
+def _pallas_declines(arguments: Mapping[str, Any]) -> str | None:
+    state = arguments["B"].shape[-2]
+    if state > PALLAS_STATE:
+        return f"the state has N = {state} entries, it takes at most {PALLAS_STATE}"
+    return kernels_decline(arguments["u"])
+
+
+def _pallas_run(**arguments: Any) -> tuple[jax.Array, jax.Array]:
+    from tokendyn.backends.jax.ops import _scan_pallas  # loads Pallas, which no other device needs
+
+    return _scan_pallas.run(**arguments)
+
+
+ENGINES: tuple[Engine, ...] = (
+    Engine("pallas", _pallas_declines, _pallas_run),
+    Engine("xla", lambda arguments: None, _scan_xla.run),
+)
 
 
 def choose(name: str, arguments: Mapping[str, Any]) -> Engine:

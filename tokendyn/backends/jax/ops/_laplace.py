@@ -17,11 +17,13 @@ from sum to token instead would share out a tie by position.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from tokendyn.backends.jax.ops._arguments import EXACT, absolute
+from tokendyn.backends.jax.ops._arguments import EXACT, absolute, varying_like
+from tokendyn.backends.jax.ops._engines import kernels_decline
 
 #: Tokens a block, at most.
 BLOCK = 64
@@ -72,16 +74,41 @@ def _from_other_blocks(s: jax.Array, e: jax.Array, x: jax.Array, tau: jax.Array 
     weights = jnp.stack([jnp.where(at_top, 0, weight), jnp.where(at_top, weight, 0), at_top.astype(x.dtype)], -2)
     own = _einsum("bnkj,bnjd->bnkd", weights, x)
 
-    def block(sums: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        own, decay, same = inputs  # same: the block lies at the top of those before it
-        below = decay * (sums[:, :1] + sums[:, 1:2])
-        return own + jnp.where(same, sums, jnp.pad(below, ((0, 0), (0, 2), (0, 0)))), sums
-
-    steps = (own, jnp.exp(-(top - passed) / tau)[..., None, None], (top == passed)[..., None, None])
-    steps = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), steps)
-    _, sums = jax.lax.scan(block, jnp.zeros_like(own[:, 0]), steps, reverse=reverse)
+    decay, same = jnp.exp(-(top - passed) / tau), top == passed  # same: the block lies at the top of those before it
+    steps = (own, decay, same)
+    if reverse:
+        steps = jax.tree.map(lambda v: jnp.flip(v, 1), steps)
+    sums = _carry_for(x)(*steps)
+    if reverse:
+        sums = jnp.flip(sums, 1)
 
     tied = s == passed[..., None]
     weight = jnp.exp(-e - (s - passed[..., None]) / tau)
     weights = jnp.stack([weight, jnp.where(tied, 0, weight), tied.astype(x.dtype)], -1)
-    return _einsum("bnik,nbkd->bnid", weights, sums)
+    return _einsum("bnik,bnkd->bnid", weights, sums)
+
+
+def _carry_for(x: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """What carries the sums over blocks where ``x`` lies: a kernel on a GPU, which would start one for every block."""
+    if kernels_decline(x) is not None:
+        return carry
+    from tokendyn.backends.jax.ops import _laplace_pallas  # loads Pallas, which no other device needs
+
+    return _laplace_pallas.carry
+
+
+def carry(own: jax.Array, decay: jax.Array, same: jax.Array) -> jax.Array:
+    """(b, n, 3, D) the sums over all earlier blocks, from those of each block.
+
+    A block whose ``same`` (b, n) is True takes over the three sums that enter it; another one their part below the top
+    and at it, times ``decay`` (b, n), as one sum below its own top.
+    """
+
+    def block(sums: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        own, decay, same = inputs
+        below = decay * (sums[:, :1] + sums[:, 1:2])
+        return own + jnp.where(same, sums, jnp.pad(below, ((0, 0), (0, 2), (0, 0)))), sums
+
+    steps = (own, decay[..., None, None], same[..., None, None])
+    steps = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), steps)
+    return jnp.moveaxis(jax.lax.scan(block, varying_like(jnp.zeros_like(own[:, 0]), own, decay), steps)[1], 0, 1)

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokendyn.backends.jax.ops._arguments import EXACT, grouped, keep, sequence_starts, step_size, valid_tokens, widen
+from tokendyn.backends.jax.ops._arguments import EXACT
+from tokendyn.backends.jax.ops._recurrence import scan_by
 
 #: Tokens a chunk.
 CHUNK = 32
@@ -25,66 +26,10 @@ CHUNK = 32
 _einsum = functools.partial(jnp.einsum, precision=EXACT)
 
 
-@functools.partial(jax.jit, static_argnames="delta_softplus")
-def run(
-    u: jax.Array,
-    delta: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    D: jax.Array | None = None,
-    z: jax.Array | None = None,
-    delta_bias: jax.Array | None = None,
-    delta_softplus: bool = False,
-    *,
-    initial_state: jax.Array | None = None,
-    seq_idx: jax.Array | None = None,
-    lengths: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Output (b, d, L) in the dtype of u, and the last state (b, d, N) in the dtype of states."""
-    valid = valid_tokens(lengths, u.shape[-1])
-    step = step_size(delta, delta_bias, delta_softplus, valid)
-    x = widen(keep(u, valid))
-    B, C = grouped(B, valid), grouped(C, valid)
-    batch, groups, state, _ = B.shape
-    channels = u.shape[1] // groups
-    if initial_state is None:
-        h = jnp.zeros((batch, groups, state, channels), step.dtype)
-    else:
-        h = widen(initial_state).reshape(batch, groups, channels, state).mT
-    starts = None if seq_idx is None else sequence_starts(seq_idx, valid)
-    y, h = _recurrence(
-        step.reshape(batch, groups, channels, -1),
-        (step * x).reshape(batch, groups, channels, -1),
-        widen(A).reshape(groups, channels, -1).mT,
-        B,
-        C,
-        h,
-        starts,
-    )
-    y = y.reshape(x.shape)
-    if D is not None:
-        y = y + widen(D)[:, None] * x
-    if z is not None:
-        y = y * jax.nn.silu(widen(keep(z, valid)))
-    return keep(y, valid).astype(u.dtype), h.mT.reshape(batch, groups * channels, state)
-
-
-def _recurrence(
+def recurrence(
     step: jax.Array, x: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, h: jax.Array, starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """``h_l = exp(Δ_l A) h_{l-1} + B_l x_l``, ``y_l = ⟨C_l, h_l⟩``: Eq. (1) of paper 1.
-
-    Args:
-        step, x: (b, G, c, L), G groups of c channels; x holds Δ u.
-        A: (G, N, c), or (G, 1, c) in the scalar form.
-        B, C: (b, G, N, L).
-        h: (b, G, N, c).
-        starts: (b, L) booleans, reset the state before this token; or None.
-
-    Returns:
-        y (b, G, c, L) and the last state.
-    """
+    """See :class:`~tokendyn.backends.jax.ops._recurrence.Recurrence`."""
     length = x.shape[-1]
     chunks = -(-length // CHUNK)
     size = -(-length // chunks)
@@ -116,3 +61,6 @@ def _recurrence(
 
     h, y = jax.lax.scan(chunk, h, jax.tree.map(by_chunk, (step, x, B, C, starts)))
     return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:])[:length], 0, -1), h
+
+
+run = jax.jit(functools.partial(scan_by, recurrence), static_argnames="delta_softplus")

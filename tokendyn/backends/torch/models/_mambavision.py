@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
+from tokendyn._mambavision import expect_options, sized
 from tokendyn.backends.torch.models._mambavision_blocks import (
     Attention,
     ConvBlock,
@@ -16,8 +16,8 @@ from tokendyn.backends.torch.models._mambavision_blocks import (
     Stage,
     Stem,
 )
-from tokendyn.backends.torch.models._mambavision_mixer import PARITIES, MambaVisionMixer
-from tokendyn.errors import OptionError, ShapeError
+from tokendyn.backends.torch.models._mambavision_mixer import MambaVisionMixer
+from tokendyn.errors import ShapeError
 
 
 class MambaVision(nn.Module):
@@ -94,29 +94,18 @@ class MambaVision(nn.Module):
         parity: str = "clean",
     ) -> None:
         super().__init__()
-        check.expect_choice("MambaVision", "parity", parity, PARITIES)
-        for name, values, count in (
-            ("dims", dims, 4),
-            ("depths", depths, 4),
-            ("num_heads", num_heads, 2),
-            ("window_size", window_size, 2),
-            ("downsample", downsample, 3),
-        ):
-            if len(values) != count:
-                raise OptionError(f"MambaVision: {name} is {values!r}, expected {count} values")
-            for value in () if name == "downsample" else values:
-                check.expect_size("MambaVision", f"an entry of {name}", value)
-        check.expect_size("MambaVision", "in_dim", in_dim)
-        check.expect_size("MambaVision", "in_chans", in_chans)
-        selective = tuple((depth + 1) // 2 for depth in depths[2:])
-        for index in order_blocks if order is not None else ():
-            if not 0 <= index < min(selective):
-                raise OptionError(
-                    f"MambaVision: order_blocks holds {index}, expected indices of selective mixers: with depths = "
-                    f"{tuple(depths)} these are 0 to {min(selective) - 1}"
-                )
-        if not 0 <= drop_path_rate < 1:
-            raise OptionError(f"MambaVision: drop_path_rate is {drop_path_rate!r}, expected 0 <= rate < 1")
+        selective = expect_options(
+            dims=dims,
+            in_dim=in_dim,
+            in_chans=in_chans,
+            depths=depths,
+            num_heads=num_heads,
+            window_size=window_size,
+            downsample=downsample,
+            order_blocks=() if order is None else order_blocks,
+            drop_path_rate=drop_path_rate,
+            parity=parity,
+        )
 
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -222,17 +211,7 @@ def mambavision_16px(**options: Any) -> MambaVision:
     Args:
         options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
     """
-    return _sized(
-        options,
-        dims=(16, 24, 32, 48),
-        in_dim=16,
-        depths=(1, 1, 2, 2),
-        num_heads=(2, 3),
-        window_size=(8, 8),
-        stem_stride=2,
-        downsample=(False, False, False),
-        mlp_ratio=2.0,
-    )
+    return MambaVision(**sized("mambavision_16px", options))
 
 
 def mambavision_32px(**options: Any) -> MambaVision:
@@ -241,16 +220,7 @@ def mambavision_32px(**options: Any) -> MambaVision:
     Args:
         options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
     """
-    return _sized(
-        options,
-        dims=(48, 96, 192, 256),
-        in_dim=32,
-        depths=(1, 2, 4, 2),
-        num_heads=(6, 8),
-        window_size=(8, 8),
-        stem_stride=1,
-        downsample=(True, True, False),
-    )
+    return MambaVision(**sized("mambavision_32px", options))
 
 
 def mambavision_64px(**options: Any) -> MambaVision:
@@ -259,17 +229,4 @@ def mambavision_64px(**options: Any) -> MambaVision:
     Args:
         options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
     """
-    return _sized(
-        options,
-        dims=(48, 96, 192, 384),
-        in_dim=32,
-        depths=(1, 2, 4, 2),
-        num_heads=(6, 12),
-        window_size=(8, 8),
-        stem_stride=2,
-        downsample=(True, True, False),
-    )
-
-
-def _sized(options: dict[str, Any], **sizes: Any) -> MambaVision:
-    return MambaVision(**{"num_classes": 10, "drop_path_rate": 0.0, **sizes, **options})
+    return MambaVision(**sized("mambavision_64px", options))

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
+from tokendyn._mambavision import PARITIES
 from tokendyn.backends.torch.layers import S6
 from tokendyn.backends.torch.layers._ordering import expect_tokens
 from tokendyn.errors import OptionError
-
-PARITIES = ("clean", "published")
 
 
 class MambaVisionMixer(S6):

@@ -1,0 +1,198 @@
+"""The Pallas kernels of the scan, in interpret mode, against the engine in plain JAX; and their lowering for a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokendyn
+from tokendyn.backends.jax.ops import _engines, _laplace, _laplace_pallas, _scan_pallas, _scan_xla
+from tokendyn.backends.jax.ops._scan_pallas import Tiling
+from tokendyn.errors import EngineError
+
+#: Several chunks, tiles and blocks of channels, none of them full.
+SMALL = Tiling(chunk=8, tile=4, elements=8, interpret=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def arguments(
+    *, d: int = 6, L: int = 21, N: int = 3, groups: int = 2, scalar: bool = False, given: bool = True, dtype: Any
+) -> dict[str, Any]:
+    rng = np.random.default_rng([d, L, N, groups, scalar])
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    exact = jnp.promote_types(dtype, jnp.float32)
+    made = {
+        "u": normal(2, d, L),
+        "delta": normal(2, d, L),
+        "A": -jnp.exp(normal(d, 1 if scalar else N)).astype(exact),
+        "B": normal(2, groups, N, L),
+        "C": normal(2, groups, N, L),
+    }
+    if given:
+        made |= {"z": normal(2, d, L)} | {name: normal(d).astype(exact) for name in ("D", "delta_bias")}
+        made["initial_state"] = normal(2, d, N).astype(exact)
+    return made
+
+
+def results(run: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> Any:
+    """Output and last state, and the gradients of a generic functional of both."""
+
+    @jax.jit
+    def call(arguments: dict[str, Any]) -> Any:
+        out, pull = jax.vjp(lambda a: run(**a, delta_softplus=True, **options), arguments)
+        cotangents = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size)).reshape(v.shape).astype(v.dtype), out)
+        return out, pull(cotangents)[0]
+
+    return call(arguments)
+
+
+def error(got: jax.Array, want: jax.Array) -> float:
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "everything": (
+        {},
+        {"seq_idx": jnp.asarray([[0] * 8 + [1] * 13, [3] * 9 + [0] * 12]), "lengths": jnp.asarray([21, 17])},
+    ),
+    "scalar A, one group, no option": ({"scalar": True, "groups": 1, "d": 5, "given": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_plain_engine(name: str) -> None:
+    sizes, options = CASES[name]
+    made = arguments(**sizes, dtype=jnp.float64)
+    got = results(lambda **a: _scan_pallas.run(tiling=SMALL, **a), made, **options)
+    want = results(_scan_xla.run, made, **options)
+    errors = jax.tree.leaves(jax.tree.map(error, got, want))
+    assert len(errors) == 2 + len(made)
+    assert max(errors) < 1e-13
+
+
+def test_in_bfloat16_sums_are_made_in_float32() -> None:
+    """One token, one state, one channel too: blocks of a single element."""
+    made = arguments(d=1, L=1, N=1, groups=1, dtype=jnp.bfloat16)
+    got = results(lambda **a: _scan_pallas.run(tiling=SMALL, **a), made)
+    want = results(_scan_xla.run, made)
+    assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < 2**-8
+
+
+def test_what_a_kernel_leaves_unwritten_is_nan() -> None:
+    """So that the comparisons above would see an output that no program wrote."""
+    from jax.experimental import pallas as pl
+
+    def first_half(x: Any, out: Any) -> None:
+        out[:2] = x[:2]
+
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    out = pl.pallas_call(first_half, out_shape=shape, interpret=True)(jnp.ones(4, jnp.float32))
+    assert np.isnan(np.asarray(out)).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(jnp.bfloat16, 16), (jnp.float32, 1)])
+def test_lowers_for_cuda(dtype: Any, width: int) -> None:
+    """Forward and backward kernels become Triton programs; no GPU is needed for that."""
+    if jax.__version_info__ >= (0, 11) and jax.default_backend() != "gpu":
+        pytest.skip("JAX 0.11 asks the GPU for its capability when it lowers")
+    b, d, L, N = 2, 96, 300, 16
+
+    def loss(u: Any, delta: Any, A: Any, B: Any, C: Any, h: Any) -> Any:
+        starts = jnp.zeros((b, L), jnp.int32)
+        y, last = _scan_pallas.run(u=u, delta=delta, A=A, B=B, C=C, initial_state=h, seq_idx=starts)
+        return y.astype(jnp.float32).sum() + last.sum()
+
+    def struct(*shape: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    shapes = [struct(b, d, L), struct(b, d, L), struct(d, width, dtype=jnp.float32), struct(b, N, L), struct(b, N, L)]
+    traced = jax.jit(jax.grad(loss, range(6))).trace(*shapes, struct(b, d, N, dtype=jnp.float32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("ends", "carry", "outputs", "reverse_ends", "tile_states", "gradients"):
+        assert f'name = "tokendyn_scan_{kernel}"' in text, kernel
+
+
+def test_who_takes_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = arguments(dtype=jnp.float32)
+    with pytest.raises(EngineError, match="'pallas' cannot take this call: the arrays are on cpu"):
+        _engines.choose("pallas", made)
+    assert _engines.choose("auto", made).name == "xla"
+    monkeypatch.setattr(_engines, "platform_of", lambda array: "gpu")
+    assert _engines.choose("auto", made).name == "pallas"
+    assert _engines.choose("auto", arguments(dtype=jnp.float64)).name == "xla"
+    wide = made | {"B": jnp.ones((2, 1, 300, 21), jnp.float32)}
+    with pytest.raises(EngineError, match="N = 300 entries, it takes at most 256"):
+        _engines.choose("pallas", wide)
+    monkeypatch.setattr(_engines, "split_by_the_compiler", lambda array: True)
+    with pytest.raises(EngineError, match=r"inside jax\.shard_map"):
+        _engines.choose("pallas", made)
+
+
+def test_sums_carried_by_a_kernel_are_those_of_the_loop() -> None:
+    """Values, both modes of differentiation, and the second derivative, under vmap."""
+    rng = np.random.default_rng(3)
+    own = jnp.asarray(rng.normal(size=(2, 2, 5, 3, 3)))
+    decay = jnp.asarray(rng.uniform(0.1, 0.9, (2, 2, 5)))
+    same = jnp.asarray(rng.integers(0, 2, (2, 2, 5)) == 1)
+
+    def everything(carry: Callable[..., Any]) -> Any:
+        def loss(own: Any, decay: Any) -> Any:
+            return jnp.sum(jnp.sin(jax.vmap(carry)(own, decay, same)))
+
+        gradient = jax.grad(loss, (0, 1))
+        _, tangent = jax.jvp(gradient, (own, decay), (jnp.cos(own), jnp.cos(decay)))
+        return jax.vmap(carry)(own, decay, same), gradient(own, decay), tangent
+
+    want = jax.jit(functools.partial(everything, _laplace.carry))()
+    got = jax.jit(functools.partial(everything, functools.partial(_laplace_pallas.carry, interpret=True)))()
+    assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < 1e-13
+
+
+def test_softsort_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There and back over several blocks, with ties within blocks and across them."""
+    rng = np.random.default_rng(4)
+    scores = jnp.asarray(rng.integers(0, 40, (1, 150)) / 10.0)
+    x = jnp.asarray(rng.normal(size=(1, 150, 3)))
+
+    def there_and_back(tau: float) -> Any:
+        def call(scores: Any, x: Any) -> Any:
+            sorted_tokens = tokendyn.softsort(scores, x, tau=tau)
+            return jnp.sum(jnp.sin(tokendyn.softsort_restore(scores, sorted_tokens * x, tau=tau)))
+
+        return jax.jit(jax.value_and_grad(call, (0, 1)))(scores, x)
+
+    want = there_and_back(0.3)
+    monkeypatch.setattr(_laplace, "_carry_for", lambda x: functools.partial(_laplace_pallas.carry, interpret=True))
+    jax.clear_caches()  # compiled code does not know that the function was replaced
+    got = there_and_back(0.3)
+    jax.clear_caches()
+    assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < 1e-12
+
+
+def test_softsort_lowers_for_cuda() -> None:
+    if jax.__version_info__ >= (0, 11) and jax.default_backend() != "gpu":
+        pytest.skip("JAX 0.11 asks the GPU for its capability when it lowers")
+    own = jax.ShapeDtypeStruct((2, 5, 3, 200), jnp.float32)
+    decay, same = jax.ShapeDtypeStruct((2, 5), jnp.float32), jax.ShapeDtypeStruct((2, 5), bool)
+    gradient = jax.jit(jax.grad(lambda *a: _laplace_pallas.carry(*a).sum()))
+    text = gradient.trace(own, decay, same).lower(lowering_platforms=("cuda",)).as_text()
+    assert 'name = "tokendyn_laplace_solve_transposed"' in text
