@@ -44,9 +44,17 @@ def sequence_starts(seq_idx: jax.Array, valid: jax.Array | None = None) -> jax.A
 
 
 def varying_like(x: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """``x``, said to differ among devices wherever one of ``arrays`` does: a loop's first value under ``shard_map``."""
-    axes = frozenset[str]().union(*(jax.typeof(array).vma for array in arrays)) - jax.typeof(x).vma
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+    """``x``, which under ``jax.shard_map`` counts as different on every device if one of ``arrays`` does.
+
+    The first value of a loop must be of the kind that its body returns. The arrays are named, not read: of a sum with
+    what is never chosen nothing is left when compiled.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return x
+    never = jnp.zeros((), bool)
+    for array in arrays:
+        x = x + jnp.where(never, array[(0,) * array.ndim], 0).astype(x.dtype)
+    return x
 
 
 def step_size(

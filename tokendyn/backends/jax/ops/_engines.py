@@ -43,7 +43,7 @@ def platform_of(array: jax.Array) -> str:
     """Where a computation on ``array`` runs: its device, or for a tracer the device that JAX takes by default."""
     if not isinstance(array, Tracer):
         return next(iter(array.devices())).platform
-    default = jax.config.read("jax_default_device")
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None:
         return jax.default_backend()
     return default if isinstance(default, str) else default.platform
