@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def diagnose(
         raise OptionError(_nothing_found(model))
     if sequences < 1:
         raise OptionError(f"diagnose: sequences is {sequences}, expected 1 or more")
-    _expect_channels(model, channels)
+    _expect_channels(channels)
     begun = time.perf_counter()
     weights = bad_weights(model)
     layers: list[dict[str, Any]] = []
@@ -163,7 +163,7 @@ def diagnose(
             f"diagnose: none of the {len(sites)} selective layers of {type(model).__name__} ran a scan that hooks can "
             f"see on these inputs; call it on a whole sequence, without a cache, and without torch.compile"
         )
-    first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    first = next(_tensors((args, kwargs)))
     parameters = list(model.parameters())
     described = {
         "name": name or type(model).__name__,
@@ -184,7 +184,7 @@ def model_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = inputs, {}
     else:
         args, kwargs = (inputs,), {}
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    tensors = list(_tensors((args, kwargs)))
     if not tensors:
         raise DataError("diagnose: inputs hold no tensor, expected token ids or features as a torch.Tensor")
     if any(0 in tensor.shape for tensor in tensors):
@@ -193,7 +193,15 @@ def model_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
-def _expect_channels(model: nn.Module, channels: tuple[int, ...]) -> None:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(entry)
+
+
+def _expect_channels(channels: tuple[int, ...]) -> None:
     if not all(isinstance(channel, int) and channel >= 0 for channel in channels):
         raise OptionError(f"diagnose: channels is {channels!r}, expected numbers from 0")
 
