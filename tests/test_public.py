@@ -61,6 +61,7 @@ PUBLIC: dict[str, list[str]] = {
     "tokendyn.torch": [
         *OPERATION_NAMES,
         *("token_order", "models", "OrderConfig", "OrderRecord", "TokenOrdering", "record_orders"),
+        *("Causality", "Leak", "causality", "expect_causal"),
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
         *("CausalAttention", "H3", "H3LM", "TransformerLM"),
     ],
@@ -80,6 +81,7 @@ PUBLIC: dict[str, list[str]] = {
         "BackendError",
         "BackendMissing",
         "BackendUnknown",
+        "CausalityError",
         "CheckpointError",
         "DTypeError",
         "DataError",

@@ -11,6 +11,7 @@ __all__ = [
     "BackendError",
     "BackendMissing",
     "BackendUnknown",
+    "CausalityError",
     "CheckpointError",
     "DTypeError",
     "DataError",
@@ -46,6 +47,10 @@ class NonFiniteError(TokendynError, ValueError):
 
 class RegimeError(TokendynError, ValueError):
     """A spectrum regime (free, positive, negative, mixed) cannot be had as asked."""
+
+
+class CausalityError(TokendynError, ValueError):
+    """A model whose outputs see later tokens is used where none may."""
 
 
 class DataError(TokendynError, ValueError):

@@ -10,6 +10,7 @@ _load_backend("torch")
 
 # After the check that torch can be imported, which has the clearer message.
 from tokendyn._layers import OrderConfig  # noqa: E402
+from tokendyn.backends.torch._causality import Causality, Leak, causality, expect_causal  # noqa: E402
 from tokendyn.backends.torch.layers import (  # noqa: E402
     H3,
     S6,
@@ -47,6 +48,8 @@ __all__ = [
     "H3LM",
     "S6",
     "CausalAttention",
+    "Causality",
+    "Leak",
     "Mamba",
     "MambaLM",
     "MambaVision",
@@ -57,7 +60,9 @@ __all__ = [
     "TransformerLM",
     "attention_flow",
     "autoregressive_flow",
+    "causality",
     "effective_tokens",
+    "expect_causal",
     "flow_rhs",
     "hard_order",
     "hidden_attention",
