@@ -92,7 +92,7 @@ def test_weights_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.manual_seed(0)
     weights = models.mambavision_16px(num_classes=3).state_dict()
     save_file({f"model.{name}": value for name, value in weights.items()}, tmp_path / "weights.safetensors")
-    command = ["--data-dir", str(tree), "--arms", "baseline", "--batch-size", "4"]
+    command = ["--data-dir", str(tree), "--arms", "baseline", "--augment", "timm"]  # training alone would need timm
     found = []
     for workers, cache in (("0", "10"), ("1", "0")):
         options = ["--eval-only", str(tmp_path / "weights.safetensors"), "--workers", workers, "--cache-mb", cache]

@@ -53,14 +53,16 @@ class ImageTask:
 
     def __init__(self, images: Images, config: ImageNetConfig, arm: Arm, seed: int) -> None:
         self.images, self.config, self.arm, self.seed = images, config, arm, seed
-        if len(images.train) < config.train.batch_size:
+        if config.model.eval_only is None and len(images.train) < config.train.batch_size:
             raise OptionError(
                 f"--batch-size is {config.train.batch_size}, but there are only {len(images.train)} training images; "
                 f"choose a smaller one"
             )
         if config.data.on_device and images.train.pixels is None:
             raise OptionError("--on-device was given, but the images do not fit into --cache-mb; raise it")
-        if config.data.augment == "timm" or config.data.mixup or config.data.cutmix:
+        if config.model.eval_only is None and (
+            config.data.augment == "timm" or config.data.mixup or config.data.cutmix
+        ):
             timm_data()  # what is missing is said before the training
         self._resident: Tensor | None = None
 
