@@ -2,16 +2,18 @@
 
 ``python benchmarks/scan.py [--json FILE]`` prints a table and writes JSON. Every figure is a median of CUDA-event
 timings, eager (as called from Python) and graph (replayed from a CUDA graph, so that launches from Python do not
-count). mamba-ssm is measured where it is installed. The floor is the time that one read of u and delta and one
-write of y take at the rate of a large copy on the same GPU; backward adds one read of dy, u, delta and one write
-of du, ddelta.
+count). Peers are measured where they are installed: mamba-ssm, flash-linear-attention's ``fused_recurrent_gla(gv=)``
+on scalar A (from gates and Δu made before the clock starts), mambapy's parallel scan (from exp(ΔA) and ΔBu likewise;
+at the shapes whose b d L N states fit). The last cases are one token of decoding, per call. The floor is the time
+that one read of u and delta and one write of y take at the rate of a large copy on the same GPU; backward adds one
+read of dy, u, delta and one write of du, ddelta.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu_timing import captured, head, installed, median, relative_error, require_gpu, times
+
 import tokendyn
 from tokendyn.errors import EngineError
 
@@ -65,41 +69,6 @@ def arguments(shape, dtype, scalar, channels_last):
     return {name: value.requires_grad_() for name, value in given.items()}
 
 
-def median(call, repeats=20):
-    """Median milliseconds of ``call``, after a warm-up."""
-    for _ in range(3):
-        call()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, stop in pairs:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(stop) for start, stop in pairs)
-    return times[repeats // 2]
-
-
-def captured(call):
-    """``call`` as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def copy_rate():
-    """Bytes read and written in a second by a large copy on this GPU."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (median(lambda: target.copy_(source)) * 1e-3)
-
-
 def check(given):
     """Largest relative error of the gradients and outputs of the engines against the plain engine in float64."""
     small = {name: value.detach()[:1] if value.ndim == 3 else value.detach() for name, value in given.items()}
@@ -135,15 +104,108 @@ def measure(given, engine):
         y = tokendyn.selective_scan(**given, delta_softplus=True, engine=engine)
         return torch.autograd.grad(y, leaves, dy)
 
-    found = {"forward eager": median(forward), "both eager": median(both)}
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    torch.cuda.synchronize()
-    found["bytes"] = torch.cuda.max_memory_allocated() - before
-    found["forward graph"] = median(captured(forward))
-    found["both graph"] = median(captured(both))
+    return times(forward, both)
+
+
+def plain_case(given):
+    """y of the call without D, in float32 by the plain engine, for peers that start from Δ."""
+    wide = {name: value.detach().float() for name, value in given.items() if name != "D"}
+    return tokendyn.selective_scan(**wide, delta_softplus=True, engine="chunked")
+
+
+def measure_gla(given):
+    """flash-linear-attention on scalar A: one head of K = N keys and V = d values, gated on the side of the values."""
+    gla = importlib.import_module("fla.ops.gla").fused_recurrent_gla
+    step = torch.nn.functional.softplus(given["delta"].float() + given["delta_bias"][:, None])
+    dtype = given["u"].dtype
+
+    def tokens_first(t):
+        return t.detach().mT.unsqueeze(2).contiguous()
+
+    q, k = (tokens_first(given[name]).requires_grad_() for name in ("C", "B"))
+    v = tokens_first((step * given["u"]).to(dtype)).requires_grad_()
+    gate = tokens_first((step * given["A"][:, None]).float()).requires_grad_()
+    dy = torch.randn_like(v)
+
+    def forward():
+        with torch.no_grad():
+            return gla(q, k, v, gv=gate, scale=1.0)[0]
+
+    def both():
+        return torch.autograd.grad(gla(q, k, v, gv=gate, scale=1.0)[0], (q, k, v, gate), dy)
+
+    error = relative_error(forward().squeeze(2).mT, plain_case(given))
+    assert error < 5e-2, f"fla errs by {error:.1e}"
+    return times(forward, both), error
+
+
+def measure_mambapy(given):
+    """mambapy's parallel scan h_l = a_l h_{l-1} + x_l over materialised (b, L, d, N)."""
+    pscan = importlib.import_module("mambapy.pscan").pscan
+    step = torch.nn.functional.softplus(given["delta"].float() + given["delta_bias"][:, None]).detach().mT
+    A = given["A"].detach()
+    A = A.unsqueeze(-1) if A.ndim == 1 else A
+    decay = torch.exp(step.unsqueeze(-1) * A).expand(*step.shape, given["B"].shape[1]).contiguous()
+    B, C = (given[name].detach().float().mT for name in ("B", "C"))
+    inflow = (step * given["u"].detach().float().mT).unsqueeze(-1) * B.unsqueeze(2)
+    decay, inflow = decay.requires_grad_(), inflow.requires_grad_()
+
+    def run():
+        return (pscan(decay, inflow) @ C.unsqueeze(-1)).squeeze(-1)
+
+    def forward():
+        with torch.no_grad():
+            return run()
+
+    y = run()
+    error = relative_error(y.mT, plain_case(given))
+    assert error < 5e-2, f"mambapy errs by {error:.1e}"
+    dy = torch.randn_like(y)
+    return times(forward, lambda: torch.autograd.grad(run(), (decay, inflow), dy)), error
+
+
+def peers(shape, given, scalar):
+    """Engines of other packages that this case has: name -> (times, error)."""
+    found = {}
+    if scalar and installed("fla"):
+        found["fla"] = measure_gla(given)
+    b, d, length, n = shape
+    if b * d * length * n * 4 <= 4 << 30 and importlib.util.find_spec("mambapy"):
+        found["mambapy"] = measure_mambapy(given)
+    return found
+
+
+def measure_step(batch, channels, state, dtype):
+    """One token of decoding: our engines, and mamba-ssm's, which overwrites its state."""
+    generator = torch.Generator("cuda").manual_seed(batch)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, device="cuda")
+
+    x, dt, z = (normal(batch, channels).to(dtype) for _ in range(3))
+    B, C = (normal(batch, state).to(dtype) for _ in range(2))
+    first, A, D, bias = (
+        normal(batch, channels, state),
+        -normal(channels, state).exp(),
+        normal(channels),
+        normal(channels),
+    )
+    given = (x, dt, A, B, C, D, z, bias, True)
+    with torch.no_grad():
+        want = tokendyn.selective_state_update(first, *given, engine="plain")
+        ways = {
+            engine: lambda e=engine: tokendyn.selective_state_update(first, *given, engine=e)
+            for engine in ("triton", "plain")
+        }
+        if installed("mamba_ssm"):
+            theirs = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+            kept = first.clone()
+            ways["mamba_ssm"] = lambda: (theirs(kept, *given), kept)
+        found = {}
+        for name, way in ways.items():
+            error = max(relative_error(got, w) for got, w in zip(way(), want, strict=True))
+            assert error < 5e-2, f"{name} errs by {error:.1e}"
+            found[name] = {"forward eager": median(way), "forward graph": median(captured(way)), "error": error}
     return found
 
 
@@ -153,22 +215,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "scan.json")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this time")
     options = parser.parse_args()
+    require_gpu()
     began = time.time()
-    rate = copy_rate()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "tokendyn": tokendyn.__version__}
-    for package in ("triton", "mamba_ssm"):
-        try:
-            versions[package] = __import__(package).__version__
-        except ImportError:
-            versions[package] = None
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": torch.cuda.get_device_name(),
-        "versions": versions,
-        "copy_bytes_per_second": rate,
-        "cases": [],
-    }
-    print(f"{report['machine']}, copy {rate / 1e12:.2f} TB/s, {versions}")
+    report = head("triton", "mamba_ssm", "fla")
+    rate = report["copy_bytes_per_second"]
+    print(f"{report['machine']}, copy {rate / 1e12:.2f} TB/s, {report['versions']}")
     print("case | engine | forward ms eager, graph | forward + backward ms eager, graph | peak MB | largest error")
     for name, dtype, scalar, last in [*BFLOAT16, *OTHERS]:
         if time.time() - began > options.seconds:
@@ -188,7 +239,14 @@ def main() -> None:
                 f"{t['both graph']:.3f} | {t['bytes'] / 1e6:.0f} | {case['errors'][engine]:.0e}",
                 flush=True,
             )
-        if len(case["engines"]) == 2:
+        for peer, (t, error) in peers(shape, given, scalar).items():
+            case["engines"][peer] = {**t, "error": error}
+            print(
+                f"{label} | {peer} | {t['forward eager']:.3f}, {t['forward graph']:.3f} | {t['both eager']:.3f}, "
+                f"{t['both graph']:.3f} | {t['bytes'] / 1e6:.0f} | {error:.0e}",
+                flush=True,
+            )
+        if all(engine in case["engines"] for engine in ENGINES):
             ours, theirs = (case["engines"][engine] for engine in ENGINES)
             case["ratio"] = {key: theirs[key] / ours[key] for key in ours if key != "bytes"}
             r = case["ratio"]
@@ -199,6 +257,12 @@ def main() -> None:
                 flush=True,
             )
         report["cases"].append(case)
+    report["steps"] = []
+    for batch in (1, 8, 64, 512):
+        found = measure_step(batch, 1536, 16, torch.bfloat16)
+        report["steps"].append({"case": f"one token, b{batch} d1536 N16 bfloat16", "engines": found})
+        shown = "; ".join(f"{k} {v['forward eager']:.4f}, {v['forward graph']:.4f}" for k, v in found.items())
+        print(f"one token, b{batch} d1536 N16 bfloat16 | ms eager, graph: {shown}", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1))
 

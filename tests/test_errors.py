@@ -355,14 +355,22 @@ def test_values_that_cannot_be_seen_give_nan_and_no_order(dtype: str, value: flo
             assert np.isnan(values[1]).all(), (backend, name)
 
 
-def test_a_hard_order_that_cannot_be_had_takes_nothing_under_jax() -> None:
+@pytest.mark.parametrize("move", ["take_tokens", "put_tokens"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_hard_order_that_cannot_be_had_moves_nothing(value: float, move: str) -> None:
     import jax
+    import torch
 
-    result = jax.jit(lambda s, x: tokendyn.take_tokens(x, tokendyn.hard_order(s)))(
-        *(load_backend("jax").from_numpy(v) for v in (spoilt(float("nan")), np.ones((2, 5, 3), np.float32)))
-    )
-    assert np.isfinite(np.asarray(result)[0]).all()
-    assert np.isnan(np.asarray(result)[1]).all()
+    def moved(s: Any, x: Any) -> Any:
+        return getattr(tokendyn, move)(x, tokendyn.hard_order(s))
+
+    arrays = (spoilt(value), np.ones((2, 5, 3)))
+    for backend, result in {
+        "jax": jax.jit(moved)(*(load_backend("jax").from_numpy(v) for v in arrays)),
+        "torch": torch.func.vmap(lambda *v: moved(*(w[None] for w in v))[0])(*map(torch.from_numpy, arrays)),
+    }.items():
+        assert np.isfinite(np.asarray(result)[0]).all(), backend
+        assert np.isnan(np.asarray(result)[1]).all(), backend
 
 
 def test_an_engine_that_cannot_take_a_call_says_why() -> None:

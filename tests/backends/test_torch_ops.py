@@ -102,11 +102,11 @@ def _one_thread() -> Any:
 @pytest.fixture(autouse=True)
 def _form_of_softsort(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The linear form of SoftSort where the subject asks for it, in chunks so small that there are several."""
-    from tokendyn.backends.torch.ops import _laplace, _order
+    from tokendyn.backends.torch.ops import _laplace, _softsort_plain
 
     name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
     if name is not None and SUBJECTS[name].linear:
-        monkeypatch.setattr(_order, "_DENSE_UP_TO", {"cpu": 0, "cuda": 0})
+        monkeypatch.setattr(_softsort_plain, "_DENSE_UP_TO", {"cpu": 0, "cuda": 0})
         monkeypatch.setattr(_laplace, "_CHUNK", 2)
 
 

@@ -12,7 +12,7 @@ import torch
 import tokendyn
 from tokendyn import core
 from tokendyn.backends.torch import ops
-from tokendyn.backends.torch.ops import _laplace, _order
+from tokendyn.backends.torch.ops import _laplace, _softsort_plain
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have SoftSort take its linear form at every length, in chunks of the size given."""
 
     def choose(chunk: int) -> None:
-        monkeypatch.setattr(_order, "_DENSE_UP_TO", {"cpu": 0, "cuda": 0})
+        monkeypatch.setattr(_softsort_plain, "_DENSE_UP_TO", {"cpu": 0, "cuda": 0})
         monkeypatch.setattr(_laplace, "_CHUNK", chunk)
 
     return choose
@@ -68,8 +68,8 @@ def test_long_sequences_take_the_linear_form_and_agree_with_the_dense(monkeypatc
     s = torch.from_numpy(np.round(rng.standard_normal((1, 300)), 1)).requires_grad_()  # many ties
     x = torch.from_numpy(rng.standard_normal((1, 300, 2))).requires_grad_()
     results = []
-    for longest in (_order._DENSE_UP_TO, {"cpu": 10_000, "cuda": 0}):
-        monkeypatch.setattr(_order, "_DENSE_UP_TO", longest)
+    for longest in (_softsort_plain._DENSE_UP_TO, {"cpu": 10_000, "cuda": 0}):
+        monkeypatch.setattr(_softsort_plain, "_DENSE_UP_TO", longest)
         out = tokendyn.softsort(s, x, tau=0.3)
         back = tokendyn.softsort_restore(s, out, tau=0.3)
         results.append((out, back, *torch.autograd.grad(back.square().sum(), (s, x))))

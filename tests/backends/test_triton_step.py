@@ -103,7 +103,7 @@ def test_what_the_kernel_declines():
     given = tensors("groups, an odd state", torch.float32)
     with pytest.raises(EngineError, match="'triton' cannot take this call: the arrays are on cpu"):
         tokendyn.selective_state_update(**given, engine="triton")
-    call = _engines.Call(dtype=torch.float32, device="cuda", state=4, needs_grad=True, transformed=False)
+    call = _engines.StepCall(dtype=torch.float32, device="cuda", state=4, needs_grad=True, transformed=False)
     assert "no gradient" in str(_engines.ENGINES["selective_state_update"][0].declines(call))
 
 

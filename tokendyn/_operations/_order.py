@@ -63,7 +63,9 @@ def _check_order(name: str, scores: Any, x: Any, tau: float, power: float) -> No
 
 
 @operation(arrays="scores x", differentiable="scores x", source="Prillo and Eisenschlos (2020); paper 1, Algorithm 1")
-def softsort(scores: Any, x: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> Any:
+def softsort(
+    scores: Any, x: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True, engine: str = "auto"
+) -> Any:
     """Tokens in soft order: ``P x`` with ``P_{kl} = softmax_l(-|s_l - s_[k]|^power / tau)``.
 
     s_[k] is the k-th score in the order wanted. Conventions, the same on every backend: equal keys keep
@@ -79,6 +81,7 @@ def softsort(scores: Any, x: Any, *, tau: float = 1.0, power: float = 1, ascendi
         tau: temperature, above 0, in the units of the scores to the ``power``.
         power: exponent of the distance.
         ascending: smallest score first (paper 1).
+        engine: ``"auto"`` or the name of one engine of the backend.
 
     Returns:
         (b, L, D) in the dtype of x.
@@ -88,13 +91,16 @@ def softsort(scores: Any, x: Any, *, tau: float = 1.0, power: float = 1, ascendi
         seen (eager on the CPU). Elsewhere they give NaN, never a wrong order.
 
     Cost:
-        power 1: O(b L log L + b L D) time, O(b L D) memory. Otherwise O(b L² D) and O(b L²).
+        power 1: O(b L log L + b L D) time, O(b L D) memory. Otherwise O(b L² D) and O(b L²); PyTorch's Triton
+        engine, which takes short sequences and power 2, keeps no matrix: O(b L² D) and O(b L D).
     """
     _check_order("softsort", scores, x, tau, power)
 
 
 @operation(arrays="scores y", differentiable="scores y", source="tokendyn; math of softsort, transposed")
-def softsort_restore(scores: Any, y: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> Any:
+def softsort_restore(
+    scores: Any, y: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True, engine: str = "auto"
+) -> Any:
     """Undo a soft order after the mixer: ``x_l = Σ_k P_{kl} y_k / Σ_k P_{kl}``.
 
     The transposed, row-normalised SoftSort: each original place receives the average of the sorted places
@@ -104,6 +110,7 @@ def softsort_restore(scores: Any, y: Any, *, tau: float = 1.0, power: float = 1,
         scores: (b, L), the scores that made the order.
         y: (b, L, D) in sorted order.
         tau, power, ascending: as given to :func:`softsort`.
+        engine: ``"auto"`` or the name of one engine of the backend.
 
     Returns:
         (b, L, D) in the original order and the dtype of y.

@@ -7,10 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from tokendyn._checks import expect_choice
 from tokendyn.backends.jax.ops._arguments import EXACT, absolute, widen
 from tokendyn.backends.jax.ops._laplace import laplace_kernel
 
 _einsum = functools.partial(jnp.einsum, precision=EXACT)
+ENGINES = ("auto", "xla")
 #: tau is no compile-time constant, so that a schedule of temperatures compiles once.
 _jit = functools.partial(jax.jit, static_argnames=("power", "ascending"))
 
@@ -41,16 +43,30 @@ def put_tokens(y: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def softsort(
-    scores: jax.Array, x: jax.Array, *, tau: float = 1.0, power: float = 1, ascending: bool = True
+    scores: jax.Array,
+    x: jax.Array,
+    *,
+    tau: float = 1.0,
+    power: float = 1,
+    ascending: bool = True,
+    engine: str = "auto",
 ) -> jax.Array:
     """See :func:`tokendyn.softsort`."""
+    expect_choice("softsort on JAX", "engine", engine, ENGINES)
     return _softsort(scores, x, float(tau), power=power, ascending=ascending)
 
 
 def softsort_restore(
-    scores: jax.Array, y: jax.Array, *, tau: float = 1.0, power: float = 1, ascending: bool = True
+    scores: jax.Array,
+    y: jax.Array,
+    *,
+    tau: float = 1.0,
+    power: float = 1,
+    ascending: bool = True,
+    engine: str = "auto",
 ) -> jax.Array:
     """See :func:`tokendyn.softsort_restore`."""
+    expect_choice("softsort_restore on JAX", "engine", engine, ENGINES)
     return _softsort_restore(scores, y, float(tau), power=power, ascending=ascending)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from tokendyn._checks import expect_choice
 from tokendyn.backends.numpy.ops._arrays import expect_dtype
 from tokendyn.core import _order as spec
+from tokendyn.errors import EngineError
 
 
 def importance_score(x: np.ndarray, s_delta: np.ndarray | None, k: np.ndarray) -> np.ndarray:
@@ -18,12 +20,18 @@ def importance_score(x: np.ndarray, s_delta: np.ndarray | None, k: np.ndarray) -
 
 
 def softsort(
-    scores: np.ndarray, x: np.ndarray, *, tau: float = 1.0, power: float = 1, ascending: bool = True
+    scores: np.ndarray,
+    x: np.ndarray,
+    *,
+    tau: float = 1.0,
+    power: float = 1,
+    ascending: bool = True,
+    engine: str = "auto",
 ) -> np.ndarray:
-    """See :func:`tokendyn.softsort`."""
+    """See :func:`tokendyn.softsort`. Engines: ``"numba"``, which takes power 1, and ``"spec"``."""
     expect_dtype("softsort", scores)
     dtype = expect_dtype("softsort", x)
-    if power == 1:
+    if _compiled("softsort", engine, power):
         from tokendyn.core import _order_numba
 
         return _order_numba.softsort(scores, x, tau=tau, ascending=ascending)
@@ -31,16 +39,33 @@ def softsort(
 
 
 def softsort_restore(
-    scores: np.ndarray, y: np.ndarray, *, tau: float = 1.0, power: float = 1, ascending: bool = True
+    scores: np.ndarray,
+    y: np.ndarray,
+    *,
+    tau: float = 1.0,
+    power: float = 1,
+    ascending: bool = True,
+    engine: str = "auto",
 ) -> np.ndarray:
-    """See :func:`tokendyn.softsort_restore`."""
+    """See :func:`tokendyn.softsort_restore`. Engines: ``"numba"``, which takes power 1, and ``"spec"``."""
     expect_dtype("softsort_restore", scores)
     dtype = expect_dtype("softsort_restore", y)
-    if power == 1:
+    if _compiled("softsort_restore", engine, power):
         from tokendyn.core import _order_numba
 
         return _order_numba.softsort_restore(scores, y, tau=tau, ascending=ascending)
     return spec.softsort_restore(scores, y, tau=tau, power=power, ascending=ascending).astype(dtype)
+
+
+def _compiled(operation: str, engine: str, power: float) -> bool:
+    """Whether the Numba engine takes a call."""
+    expect_choice(f"{operation} on NumPy", "engine", engine, ("auto", "numba", "spec"))
+    if engine == "numba" and power != 1:
+        raise EngineError(
+            f"{operation}: engine 'numba' cannot take this call: the power is {power}, it takes 1; choose "
+            f"engine='auto' or another"
+        )
+    return power == 1 and engine != "spec"
 
 
 def softsort_matrix(scores: np.ndarray, **options: Any) -> np.ndarray:

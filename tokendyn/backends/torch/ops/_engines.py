@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tokendyn.backends.torch.ops import _mamba_ssm, _scan_chunked, _scan_plain, _step_plain
+from tokendyn.backends.torch.ops import _mamba_ssm, _scan_chunked, _scan_plain, _softsort_plain, _step_plain
 from tokendyn.errors import EngineError, OptionError
 
 _log = logging.getLogger(__name__)
@@ -31,20 +31,25 @@ class Call:
     Attributes:
         dtype: of the activations.
         device: ``"cpu"``, ``"cuda"``, ...
-        state: the size N of the state.
         needs_grad: some array requires a gradient and gradients are enabled.
         transformed: a torch.func transform (grad, vmap, jvp) or forward-mode differentiation is active.
     """
 
     dtype: torch.dtype
     device: str
-    state: int
     needs_grad: bool
     transformed: bool
 
 
 @dataclass(frozen=True)
-class ScanCall(Call):
+class StepCall(Call):
+    """A call of ``selective_state_update``: ``state`` is the size N."""
+
+    state: int
+
+
+@dataclass(frozen=True)
+class ScanCall(StepCall):
     """A call of ``selective_scan``.
 
     Attributes:
@@ -62,6 +67,14 @@ class ScanCall(Call):
     given: frozenset[str]
     delta_softplus: bool
     return_last_state: bool
+
+
+@dataclass(frozen=True)
+class OrderCall(Call):
+    """A call of ``softsort`` or ``softsort_restore``: L and the power of the distance."""
+
+    length: int
+    power: float
 
 
 @dataclass(frozen=True)
@@ -86,11 +99,15 @@ def _triton_declines(call: Call) -> str | None:
         return "the package 'triton' is not installed"
     if call.dtype == torch.float64:
         return "it computes in float32, the arrays are float64"
-    if call.state > 256:
-        return f"the state has N = {call.state} entries, it takes at most 256"
     if call.transformed:
         return "its operator has no rule for torch.func transforms"
     return None
+
+
+def _triton_scan_declines(call: StepCall) -> str | None:
+    if call.state > 256:
+        return f"the state has N = {call.state} entries, it takes at most 256"
+    return _triton_declines(call)
 
 
 def _triton_scan(*args: Any, **options: Any) -> Any:
@@ -99,10 +116,10 @@ def _triton_scan(*args: Any, **options: Any) -> Any:
     return _scan_triton.run(*args, **options)
 
 
-def _triton_step_declines(call: Call) -> str | None:
+def _triton_step_declines(call: StepCall) -> str | None:
     if call.needs_grad:
         return "it is for decoding and has no gradient"
-    return _triton_declines(call)
+    return _triton_scan_declines(call)
 
 
 def _triton_step(*args: Any, **options: Any) -> Any:
@@ -111,13 +128,37 @@ def _triton_step(*args: Any, **options: Any) -> Any:
     return _step_triton.run(*args, **options)
 
 
+#: Up to this length the kernel makes all pairs of scores in less time than sorting and two scans take.
+_ALL_PAIRS_UP_TO = 1024
+
+
+def _triton_order_declines(call: OrderCall) -> str | None:
+    if call.power not in (1, 2):
+        return f"the power is {call.power}, it takes 1 and 2"
+    if call.power == 1 and call.length > _ALL_PAIRS_UP_TO:
+        return f"L = {call.length} exceeds {_ALL_PAIRS_UP_TO}, where power 1 takes less time in linear form"
+    return _triton_declines(call)
+
+
+def _triton_softsort(*args: Any) -> Any:
+    from tokendyn.backends.torch.ops import _softsort_triton
+
+    return _softsort_triton.softsort(*args)
+
+
+def _triton_softsort_restore(*args: Any) -> Any:
+    from tokendyn.backends.torch.ops import _softsort_triton
+
+    return _softsort_triton.softsort_restore(*args)
+
+
 def _takes_all(call: Call) -> None:
     return None
 
 
 ENGINES: dict[str, tuple[Engine, ...]] = {
     "selective_scan": (
-        Engine("triton", _triton_declines, _triton_scan),
+        Engine("triton", _triton_scan_declines, _triton_scan),
         Engine("mamba_ssm", _mamba_ssm.declines, _mamba_ssm.run),
         Engine("chunked", _scan_chunked.declines, _scan_chunked.run),
         Engine("plain", _takes_all, _scan_plain.run),
@@ -125,6 +166,14 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
     "selective_state_update": (
         Engine("triton", _triton_step_declines, _triton_step),
         Engine("plain", _takes_all, _step_plain.run),
+    ),
+    "softsort": (
+        Engine("triton", _triton_order_declines, _triton_softsort),
+        Engine("plain", _takes_all, _softsort_plain.softsort),
+    ),
+    "softsort_restore": (
+        Engine("triton", _triton_order_declines, _triton_softsort_restore),
+        Engine("plain", _takes_all, _softsort_plain.softsort_restore),
     ),
 }
 

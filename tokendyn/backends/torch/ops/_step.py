@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokendyn.backends.torch.ops._engines import Call, choose
+from tokendyn.backends.torch.ops._engines import StepCall, choose
 from tokendyn.backends.torch.ops._function import transformed
 
 
@@ -24,7 +24,7 @@ def selective_state_update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`tokendyn.selective_state_update`."""
     arrays = (state, x, dt, A, B, C, D, z, dt_bias)
-    call = Call(
+    call = StepCall(
         dtype=x.dtype,
         device=x.device.type,
         state=state.shape[2],

@@ -54,19 +54,7 @@ def step_kernel(
     tl.store(new_state + row[:, None] * size + n[None, :], h.to(new_state.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("tokendyn::selective_state_update", mutates_args=())
-def update(
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus: bool):
     """y and the new state; A is (d, N) or (d, 1), B and C are (b, G, N)."""
     batch, channels, size = state.shape
     y, new_state = x.new_empty(x.shape), state.new_empty(state.shape)
@@ -82,6 +70,23 @@ def update(
         SOFTPLUS=dt_softplus, ROWS=rows, WIDTH=width, num_warps=1,
     )  # fmt: skip
     return y, new_state
+
+
+@torch.library.custom_op("tokendyn::selective_state_update", mutates_args=())
+def update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    dt_softplus: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`launch`."""
+    return launch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 @update.register_fake

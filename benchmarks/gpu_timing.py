@@ -1,0 +1,97 @@
+"""What the benchmarks on a GPU share: timing, eager and replayed from a CUDA graph, memory, and the report's head."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import tokendyn
+
+
+def require_gpu() -> None:
+    """End the program where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark measures an NVIDIA GPU, and PyTorch finds none here.")
+
+
+def median(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Median milliseconds of ``call``, after a warm-up."""
+    for _ in range(3):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, stop in pairs:
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(stop) for start, stop in pairs)
+    return times[repeats // 2]
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """``call`` as the replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most memory allocated during ``call``, above what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def times(forward: Callable[[], Any], both: Callable[[], Any] | None) -> dict[str, float]:
+    """Milliseconds of forward and of forward + backward, eager and replayed, and the latter's peak memory."""
+    found = {"forward eager": median(forward), "forward graph": median(captured(forward))}
+    if both is not None:
+        found |= {"both eager": median(both), "bytes": peak_bytes(both), "both graph": median(captured(both))}
+    return found
+
+
+def copy_rate() -> float:
+    """Bytes read and written in a second by a large copy on this GPU."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (median(lambda: target.copy_(source)) * 1e-3)
+
+
+def installed(package: str) -> str | None:
+    """The version of ``package``, or None if it cannot be imported."""
+    try:
+        return importlib.import_module(package).__version__
+    except ImportError:
+        return None
+
+
+def head(*packages: str) -> dict[str, Any]:
+    """What every report says first: command, machine, versions, copy rate."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "tokendyn": tokendyn.__version__}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": torch.cuda.get_device_name(),
+        "versions": versions | {package: installed(package) for package in packages},
+        "copy_bytes_per_second": copy_rate(),
+        "cases": [],
+    }
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """``|got - want| / |want|`` in float64."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
