@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tokendyn import core
-from tokendyn.backends.torch.models import MambaLM
+from tokendyn.backends.torch.models import MambaLM, TransformerLM
 from tokendyn.errors import OptionError
 from tokendyn.experiments import _cli
 from tokendyn.experiments._records import read_records
@@ -90,6 +91,13 @@ def test_study_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     np.testing.assert_allclose(first["values"], losses["negative"] - losses["mixed"])
     assert len(first["interval95"]) == 2
     assert "as published: held-out loss, nats a token: negative - mixed = " in printed.out
+
+    for arm, kind in (("positive", MambaLM), ("no_norm", MambaLM), ("transformer", TransformerLM)):
+        model = kind.from_pretrained(out / "models" / arm)
+        ids = torch.arange(97, 122)[None]
+        assert model(ids[:, :-1], ids[:, 1:]).isfinite().all()
+        weights = load_file(out / arm / "seed-0" / "checkpoints" / "step-00000004" / "model.safetensors")
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
     page = (out / "report.md").read_text()
     assert page.count("\n| ") > 6

@@ -140,9 +140,9 @@ def demo() -> LanguageConfig:
         arms=("free", "negative", "mixed", "positive"),
         seeds=(0, 1, 2),
         data=DataConfig(tokenizer="bytes", sequence_length=128, evaluation_tokens=16_384, measured_tokens=512),
-        model=ModelConfig(d_model=64, n_layer=4, d_state=8, n_head=4),
+        model=ModelConfig(d_model=48, n_layer=4, d_state=8, n_head=4),
         train=TrainConfig(
-            steps=200,
+            steps=150,
             batch_size=16,
             learning_rate=6e-3,
             final_learning_rate=6e-4,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from tokendyn.backends.torch.models import LanguageModel
 from tokendyn.errors import OptionError
 from tokendyn.experiments._run_folder import open_folder
 from tokendyn.experiments._study import Study
-from tokendyn.experiments._trainer import resolve_device
+from tokendyn.experiments._trainer import load_trained, resolve_device
 from tokendyn.experiments.wikitext103._config import LanguageConfig
 from tokendyn.experiments.wikitext103._report import write_report
 from tokendyn.experiments.wikitext103._task import LanguageTasks, load_texts
@@ -52,4 +53,11 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
         print("other processes still train some of these runs; give the same command again for the report")
         return
     write_report(folder, preset, config, texts, runs)
+    for run in runs:
+        if run.seed == config.seeds[0]:  # MambaLM.from_pretrained and its like read them
+            place = folder / "models" / run.folder.parent.name
+            trained = load_trained(make_task(run.arm, run.seed), run.folder)
+            assert isinstance(trained, LanguageModel)
+            trained.save_pretrained(place)
+            print(f"  {place}")
     sys.stdout.flush()
