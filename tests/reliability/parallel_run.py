@@ -13,6 +13,9 @@ from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, trainer
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._trainer import Trainer
+from tokendyn.experiments.imagenet.__main__ import main as imagenet
+
+STUDY = "--seeds 0 --steps 2 --batch-size 8 --log-every 1 --evaluate-every 2 --jobs 1 --device cpu --threads 1"
 
 
 class Task(TinyTask):
@@ -51,7 +54,7 @@ def make(folder: Path, parallel: str, stop_after: int | None = None) -> Trainer:
 
 
 def main(folder: Path) -> None:
-    """Train both ways, each interrupted after step 6 by a signal that the last process alone gets."""
+    """Train both ways, each interrupted after step 6 by a signal that the last process alone gets; then a study."""
     with joined(torch.device("cpu")):
         group = current_group()
         for parallel in ("ddp", "fsdp"):
@@ -60,6 +63,9 @@ def main(folder: Path) -> None:
             except Stopped as stopped:
                 print(f"process {group.rank}: {stopped}")
             make(folder / parallel, parallel).run()
+        tree = ["--data-dir", str(folder / "tree"), "--out", str(folder / "study"), "--arms", "baseline", "published"]
+        if code := imagenet([*tree, *STUDY.split()]):
+            sys.exit(code)
 
 
 if __name__ == "__main__":

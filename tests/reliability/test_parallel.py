@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.experiments.tiny import COMPUTE, TRAIN, TinyTask, trainer
+from tests.experiments.trees import write_tree
 from tests.reliability.parallel_run import make
 from tokendyn.errors import OptionError
 from tokendyn.experiments._checkpoint import load_newest
@@ -29,6 +31,7 @@ PROCESSES = 2
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of runs by two processes, and what these printed."""
     folder = tmp_path_factory.mktemp("parallel")
+    write_tree(folder / "tree")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,8 +48,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         for rank in range(PROCESSES)
     ]
     outputs = [process.communicate(timeout=240)[0] for process in running]
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output
+    assert [process.returncode for process in running] == [0] * PROCESSES, "\n".join(outputs)
     return folder, "".join(outputs)
 
 
@@ -75,6 +77,21 @@ def test_two_processes_do_what_one_does(tmp_path: Path, parallel: tuple[Path, st
         for name, value in expected.items():
             np.testing.assert_allclose(found[name].numpy(), value.numpy(), rtol=2e-5, atol=1e-8, err_msg=name)
     assert {"random", "random-1"} <= weights[1].tensors.keys()
+
+
+def test_a_study_by_two_processes(parallel: tuple[Path, str]) -> None:
+    """One of them speaks and writes; every image of a batch and of the held-out ones counts once."""
+    folder, printed = parallel
+    result = json.loads((folder / "study" / "result.json").read_bytes())
+    for arm in ("baseline", "published"):
+        accuracy = result["arms"][arm]["held_out"]["accuracy"]["mean"]
+        assert accuracy * 6 == pytest.approx(round(accuracy * 6))
+        assert printed.count(f"{arm}, seed 0  step 2/2") == 1
+        lines = read_records(folder / "study" / arm / "seed-0" / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [0, 1, 2, 2]
+        assert lines[1]["accuracy"] * 8 == pytest.approx(round(lines[1]["accuracy"] * 8))
+    assert printed.count("held-out results, one seed") == 1
+    assert (folder / "study" / "figures" / "study.png").is_file()
 
 
 def test_parts_of_a_batch() -> None:

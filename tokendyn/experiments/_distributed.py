@@ -71,7 +71,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         OptionError: a device other than a process's own was named.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 or dist.is_initialized():  # alone, or joined already
         yield device
         return
     if device.type == "cuda":

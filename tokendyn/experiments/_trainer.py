@@ -70,12 +70,15 @@ def numerics(compute: ComputeConfig) -> Iterator[None]:
     torch.set_num_threads(compute.threads)
     torch.use_deterministic_algorithms(compute.deterministic, warn_only=compute.device != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    tune = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not compute.deterministic  # the fastest convolution may be another every time
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = tune
 
 
 class Trainer:

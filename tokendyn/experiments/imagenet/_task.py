@@ -195,10 +195,11 @@ class ImageTask:
             generator=torch.Generator(),  # or the loader would draw from the global generator
         ):
             skipped |= unreadable
-            logits = model(to_input(pixels.to(device))).float()  # with no image too: FSDP2's processes go together
             if not len(labels):
+                if group.size > 1:  # FSDP2's processes must go through the model together
+                    model(to_input(pixels.new_zeros(1, *pixels.shape[1:]).to(device)))
                 continue
-            targets = labels.to(device)
+            logits, targets = model(to_input(pixels.to(device))).float(), labels.to(device)
             hits = logits.topk(top, dim=1).indices == targets[:, None]
             loss = F.cross_entropy(logits, targets, reduction="sum")
             sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
@@ -304,5 +305,5 @@ def _readable(images: ImageSet, indices: np.ndarray, skipped: dict[str, str]) ->
     """Pixels and labels of those ``indices`` that can be read; the others are entered into ``skipped``."""
     pixels, problems = images.read(indices)
     skipped.update({images.names[indices[k]]: reason for k, reason in problems.items()})
-    kept = np.array([k not in problems for k in range(len(indices))])
+    kept = np.array([k not in problems for k in range(len(indices))], bool)
     return pixels[kept], images.labels[indices[kept]]
