@@ -129,61 +129,57 @@ def test_limit_points_rest_and_the_jacobian_is_block_triangular(case: str) -> No
 
 
 def fitted_rate(times: np.ndarray, distances: np.ndarray) -> float:
-    window = (distances < 1e-4) & (distances > 1e-9)
-    assert window.sum() > 20
+    """Between distances of 1e-7, from where the slowest exponential is alone, and 1e-11."""
+    window = slice(np.flatnonzero(distances > 1e-7)[-1] + 1, np.flatnonzero(distances < 1e-11)[0])
+    assert window.stop - window.start > 100
     return -float(np.polyfit(times[window], np.log(distances[window]), 1)[0])
 
 
-@pytest.mark.parametrize("case", ["A", "C", "softmax", "linear", "AR"])
+RATES = {
+    "A": lambda rng, root: {"M": root @ root.T, "s_delta": rng.normal(size=D), "a": 2.0},
+    "B": lambda rng, root: {
+        "M": np.diag([1.0, 0.8, 1.2, 0.9]) + 0.1 * root,
+        "s_delta": np.zeros((D, D)),
+        "a": 0.05,
+        "bias": np.array([-1.0, -2.0, 2.0, 0.5]),  # the third channel has the largest Δ, so ±e_3 are stable
+    },
+    "C": lambda rng, root: {"M": np.eye(D), "s_delta": rng.normal(size=D), "a": 1.0, "W": np.diag([2.0, 1.7, 0.3, -1])},
+    "softmax": lambda rng, root: {"Q": rng.normal(size=(3, D)), "K": rng.normal(size=(3, D))},
+    "linear": lambda rng, root: {"Q": root, "K": root, "kind": "linear"},
+    "AR": lambda rng, root: {"phi": np.array([0.4, 0.3, 0.5])},
+}
+
+
+@pytest.mark.parametrize("case", RATES)
 def test_fitted_rates_are_those_predicted(case: str) -> None:
-    rng = generator("rates", case)
-    x0 = unit(unit(rng.normal(size=D)) + 0.15 * rng.normal(size=(L, D)))
-    root = rng.normal(size=(D, D))
-    parameters = {
-        "A": {"M": root @ root.T, "s_delta": rng.normal(size=D), "a": 2.0},
-        "C": {"M": np.eye(D), "s_delta": rng.normal(size=D), "a": 1.0, "W": np.diag([2.0, 1.4, 0.3, -1.0])},
-        "softmax": {"Q": rng.normal(size=(3, D)), "K": rng.normal(size=(3, D))},
-        "linear": {"Q": root, "K": root, "kind": "linear"},
-        "AR": {"phi": np.array([0.4, 0.3, 0.5])},
-    }[case]
-    regime = classify_sphere(x0=x0, **parameters)
-    assert regime.kind == "consensus"
-    moving = regime.rates > 0
-    slowest = regime.rates[moving].min()
-    times = np.linspace(0, 30 / slowest, 3000)
-    trajectory = simulate_sphere(x0=x0, t_end=times[-1], times=times, rtol=1e-12, **parameters)
-    target = regime.signs[:, None] * regime.limit
-    distances = np.linalg.norm(trajectory.tokens - target, axis=-1)
-    compared = 0
-    for l in np.flatnonzero(moving):
-        so_far = np.sort(regime.rates[: l + 1][moving[: l + 1]])
-        if len(so_far) > 1 and so_far[1] < 1.5 * so_far[0]:
-            continue  # powers of t beside the exponential
-        assert fitted_rate(times, distances[:, l]) == pytest.approx(regime.decay[l], rel=1e-3), l
-        compared += 1
-    assert compared >= 1
-    assert 1 in np.flatnonzero(moving)
+    """Token 2 of four random sets a case, and later tokens where the next rate is 1.5 times larger or more."""
+    for number in range(4):
+        rng = generator("rates", case, number)
+        parameters = RATES[case](rng, rng.normal(size=(D, D)))
+        near = {"B": np.eye(D)[2]}.get(case, unit(rng.normal(size=D)))
+        x0 = unit(near + 0.15 * rng.normal(size=(L, D)))
+        regime = classify_sphere(x0=x0, **parameters)
+        assert regime.kind == "consensus"
+        moving = np.flatnonzero(regime.rates > 0)
+        times = np.linspace(0, 34 / regime.rates[moving].min(), 3000)
+        trajectory = simulate_sphere(x0=x0, t_end=times[-1], times=times, rtol=1e-13, **parameters)
+        distances = np.linalg.norm(trajectory.tokens - regime.signs[:, None] * regime.limit, axis=-1)
+        for l in moving:
+            so_far = np.sort(regime.rates[moving[moving <= l]])
+            if l <= 1 or so_far[1] >= 1.5 * so_far[0]:  # else powers of t beside the exponential
+                assert fitted_rate(times, distances[:, l]) == pytest.approx(regime.decay[l], rel=1e-3), (number, l)
 
 
-def test_fitted_rates_at_a_pole() -> None:
+def test_tokens_gather_at_a_stable_pole_and_its_antipode() -> None:
     rng = generator("pole")
-    M = np.diag([1.0, 0.8, 1.2, 0.9]) + 0.1 * rng.normal(size=(D, D))
-    s_delta = np.zeros((D, D))
-    bias = np.array([-1.0, -2.0, 2.0, 0.5])  # channel 2 has the largest Δ, so ±e_2 are stable
+    parameters = RATES["B"](rng, rng.normal(size=(D, D)))
     x0 = unit(np.eye(D)[2] + 0.2 * rng.normal(size=(L, D)))
     x0[1] *= -1
-    parameters = {"M": M, "s_delta": s_delta, "a": 0.05, "bias": bias}
     regime = classify_sphere(x0=x0, **parameters)
     assert regime.kind == "consensus"
     np.testing.assert_array_equal(regime.limit, np.eye(D)[2])
     np.testing.assert_array_equal(regime.signs, [1, -1, 1, 1, 1, 1])
     assert {point.name for point in regime.limit_points if point.stable} == {"pole +e_2", "pole -e_2"}
-    times = np.linspace(0, 30 / regime.rates.min(), 3000)
-    tokens = simulate_sphere(x0=x0, t_end=times[-1], times=times, rtol=1e-12, **parameters).tokens
-    distance = np.linalg.norm(tokens[:, 0] - regime.limit, axis=1)
-    assert fitted_rate(times, distance) == pytest.approx(regime.rates[0], rel=1e-3)
-    distance = np.linalg.norm(tokens[:, 1] + regime.limit, axis=1)
-    assert fitted_rate(times, distance) == pytest.approx(regime.decay[1], rel=1e-3)
 
 
 def test_first_token_rests_in_case_a_and_the_second_takes_the_sign() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokendyn import Trajectory
-from tokendyn.core._plot import colour
+from tokendyn.core._plot import colour, draw_ball
 from tokendyn.errors import EngineError, OptionError
 
 FRAMES, SECONDS = 120, 8.0
@@ -63,10 +63,7 @@ def _scene(trajectory: Trajectory, figure: Any) -> Any:
     length = tokens.shape[1]
     if _on_ball(trajectory):
         ax, places = figure.add_subplot(projection="3d"), tokens
-        ax.set_box_aspect((1, 1, 1), zoom=1.3)
-        ax.set_axis_off()
-        limits = (-1.0, 1.0)
-        ax.set(xlim=limits, ylim=limits, zlim=limits)
+        draw_ball(ax)
     else:
         ax = figure.add_subplot()
         if trajectory.one_channel:

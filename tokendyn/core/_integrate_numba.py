@@ -403,7 +403,14 @@ def integrate_many(first, last, ensemble, options, state, times, out_times, out,
     ``ensemble``, ``state`` (but for its slopes, which are made here), ``out_times``, ``out`` and ``reasons`` have one
     more axis in front. A trajectory that ``stop`` left unfinished has the reason ``STOPPED``.
     """
-    slopes = np.empty((16, state.y.shape[1]))
+    length, n = state.ended_at.shape[1], state.y.shape[1]
+    one = State(
+        np.empty(n), np.empty((16, n)), np.empty(2), np.empty(8, np.int64), np.empty(length), np.empty(length, np.int64)
+    )
     for i in range(first, last):
-        one = State(state.y[i], slopes, state.numbers[i], state.counts[i], state.ended_at[i], state.ended_by[i])
+        # Copies: threads that count references to the same arrays wait for each other.
+        one.y[:], one.numbers[:], one.counts[:] = state.y[i], state.numbers[i], state.counts[i]
+        one.ended_at[:], one.ended_by[:] = state.ended_at[i], state.ended_by[i]
         reasons[i] = integrate(member(ensemble, i), options, one, times, out_times[i], out[i], stop)
+        state.y[i], state.numbers[i], state.counts[i] = one.y, one.numbers, one.counts
+        state.ended_at[i], state.ended_by[i] = one.ended_at, one.ended_by

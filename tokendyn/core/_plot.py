@@ -143,14 +143,19 @@ def _sphere(trajectory: Trajectory, ax: Any) -> Any:
         ax.set_ylim(-1.05, 1.05)
         return ax
     ax = axes_for(ax, projection="3d")
-    u, v = np.meshgrid(np.linspace(0, 2 * np.pi, 37), np.linspace(0, np.pi, 19))
-    ball = np.cos(u) * np.sin(v), np.sin(u) * np.sin(v), np.cos(v)
-    ax.plot_wireframe(*ball, color="#dddddd", linewidth=0.4)
+    draw_ball(ax)
     for l in range(trajectory.tokens.shape[1]):
         path = trajectory.tokens[:, l]
         ax.plot(*path.T, color=colour(l), linewidth=1)
         ax.scatter(*path[0], color=colour(l), s=10)
         ax.scatter(*path[-1], color=colour(l), s=40, marker="*")
+    return ax
+
+
+def draw_ball(ax: Any) -> None:
+    """The grid of the unit sphere, behind whatever is drawn into the three-dimensional axes."""
+    u, v = np.meshgrid(np.linspace(0, 2 * np.pi, 37), np.linspace(0, np.pi, 19))
+    ax.computed_zorder = False
+    ax.plot_wireframe(np.cos(u) * np.sin(v), np.sin(u) * np.sin(v), np.cos(v), color="#dddddd", lw=0.4, zorder=0)
     ax.set_box_aspect((1, 1, 1), zoom=1.35)
     ax.set_axis_off()
-    return ax

@@ -101,8 +101,8 @@ def right_hand_side(p: Any, work: Any, tokens: Any, y: Any, dy: Any) -> Any:
 
 @kernel()
 def _of(stack, i):
-    """Entry ``i`` of a stack, or its only one."""
-    return stack[i if stack.shape[0] > 1 else 0]
+    """A copy of entry ``i`` of a stack, or of its only one."""
+    return stack[i if stack.shape[0] > 1 else 0].copy()
 
 
 def _line_member(p, i):

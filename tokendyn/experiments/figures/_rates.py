@@ -56,7 +56,7 @@ def _laws() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for row in deviations:
         window = row > 1e-9
         slopes.append(-np.polyfit(np.log(times[window]), np.log(row[window]), 1)[0])
-    found["token 2 nears its law like t^-p, p = 1 - 2^-a"] = 1 - 2.0**-a, np.array(slopes)
+    found["token 2 nears its law like t^-p: p"] = 1 - 2.0**-a, np.array(slopes)
 
     s_delta, mu = rng.choice([-1, 1], b) * 10 ** rng.uniform(-1, 1, b), 10 ** rng.uniform(-1, 1, b)
     single: dict[str, Any] = {
@@ -93,5 +93,5 @@ def _laws() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
     late = simulate(**growing, t_end=1e32, times=[1e16, 1e32], rtol=1e-10).tokens
     ratios = late[:, :, 1:] / late[:, :, :1]
-    found["x_l / x_1 at t = 1e16 and, measured, 1e32"] = ratios[:, 0].ravel(), ratios[:, 1].ravel()
+    found["ratios to token 1, t = 1e16 and 1e32"] = ratios[:, 0].ravel(), ratios[:, 1].ravel()
     return found

@@ -138,7 +138,7 @@ def phase_diagram() -> Drawn:
             below = high < 0
             told = f"{100 * share[below & sure].mean():.0f} %" if (below & sure).any() else "-"
             above = f"{100 * share[~below & sure].mean():.0f} %" if (~below & sure).any() else "-"
-            ax.set_title(f"{name}\nconverge below the line {told}, above {above}")
+            ax.set_title(f"{name}\nbelow the line {told}, above {above}")
             ax.set_xlabel("smallest eigenvalue")
             ax.set_ylabel("largest eigenvalue")
             data[name] = {"smallest": low, "largest": high, "share": share, "undecided": undecided}
