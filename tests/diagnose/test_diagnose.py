@@ -471,3 +471,25 @@ def test_module_is_callable() -> None:
     model, ids = small(49)
     assert str(tokendyn.diagnose(model, ids)) == str(diagnose(model, ids))
     assert tokendyn.diagnose.capture is capture  # type: ignore[attr-defined]
+
+
+TYPESEG = Path(__file__).parents[1] / "data" / "typeseg_projections"
+
+
+def test_a_real_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six layers of a published model, with biases on their projections; numbers known from elsewhere."""
+    assert main(["diagnose", str(TYPESEG), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    model, _ = load(TYPESEG)
+    assert [layer["name"] for layer in content["layers"]] == [f"layers.{i}.mixer" for i in range(6)]
+    for layer in content["layers"]:
+        spectrum = layer["spectrum"]
+        values = np.array(spectrum["symmetric"])
+        assert ((values > 0).sum(), (values < 0).sum()) == (16, 16)  # Sylvester's law, and nothing more
+        assert spectrum["biased"]
+        assert layer["attention"]["reconstruction"] < 1e-5
+        assert layer["regime"]["kind"] == "divergence"
+        _dense_check(spectrum, *model.get_submodule(layer["name"]).io_matrices())  # type: ignore[operator]
+    largest = [layer["spectrum"]["largest"] for layer in content["layers"]]
+    assert largest[0] == pytest.approx(0.66, abs=0.005)
+    assert largest[5] == pytest.approx(4.92, abs=0.005)

@@ -135,7 +135,7 @@ def diagnose(
 
     Cost:
         One forward pass, and a layer about O(c L² N) for the hidden attention of c channels; c is all of them up to
-        2.5e9 multiplications a layer, evenly spaced ones beyond, as the report says.
+        1.5e9 multiplications a layer, evenly spaced ones beyond, as the report says.
 
     Source:
         Paper 1, Eqs. (4)-(8); Ali, Zimerman and Wolf (2024) for the hidden attention.

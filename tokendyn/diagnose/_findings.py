@@ -60,8 +60,10 @@ def find_findings(
     found = [*_weights(layers, weights), *_steps(layers), *_rates(layers)]
     explained = any(finding.severity == "critical" for finding in found)
     found += _not_finite(layers, origin, explained)
-    for rule in (_headroom, _unexplained, _growth, _collapse, _sinks, _regimes):
+    for rule in (_headroom, _unexplained, _sinks, _regimes):
         found += rule(layers)
+    blocks = [layer for layer in layers if layer["scan"] == 0]  # several scans of a block share its tokens
+    found += [*_growth(blocks), *_collapse(blocks)]
     if not any(finding.severity != "note" for finding in found):
         found.insert(0, Finding("note", None, "Nothing wrong found", f"{len(layers)} layers measured.", ""))
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -125,6 +125,11 @@ class ProjectedS6(nn.Module):
             return (self._entry("S_delta"),)
         return self._entry("W_dt"), self._entry("W_r")
 
+    @property
+    def biased(self) -> bool:
+        """Whether B or C have a bias, which no spectrum shows."""
+        return "B_bias" in self._buffers or "C_bias" in self._buffers
+
     def _entry(self, name: str) -> Tensor:
         return self.get_buffer(name)
 

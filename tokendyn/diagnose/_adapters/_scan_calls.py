@@ -122,5 +122,5 @@ def _projections(module: Any) -> Projections | None:
     if not callable(matrices) or not callable(factors):
         return None
     S_B, S_C = matrices()
-    biased = getattr(getattr(module, "x_proj", None), "bias", None) is not None
+    biased = getattr(module, "biased", getattr(getattr(module, "x_proj", None), "bias", None) is not None)
     return Projections(S_B.detach(), S_C.detach(), tuple(f.detach() for f in factors()), biased=biased)

@@ -13,6 +13,7 @@ from tokendyn.diagnose._measure._memory import measure_memory
 from tokendyn.diagnose._measure._regime import measure_regime
 from tokendyn.diagnose._measure._spectrum import measure_spectrum
 from tokendyn.diagnose._measure._sphere import measure_sphere
+from tokendyn.diagnose._measure._statistics import quantiles
 from tokendyn.diagnose._measure._tokens import measure_tokens
 
 __all__ = ["measure", "measure_tokens"]
@@ -29,6 +30,7 @@ def measure(capture: Capture, *, channels: tuple[int, ...] = (), sequences: int 
     """
     found: dict[str, Any] = {
         "name": capture.title,
+        "scan": capture.index,
         "family": capture.family,
         "shape": {"sequences": capture.u.shape[0], "channels": capture.u.shape[1], "tokens": capture.u.shape[2]},
         "state": capture.B.shape[1],
@@ -42,5 +44,5 @@ def measure(capture: Capture, *, channels: tuple[int, ...] = (), sequences: int 
         found[name] = function(capture) if finite else None
     found["attention"] = measure_attention(capture, channels, sequences) if finite else None
     found["tokens"] = None if capture.tokens_out is None else measure_tokens(capture.tokens_out)
-    found["tokens_in"] = None if capture.tokens_in is None else measure_tokens(capture.tokens_in)
+    found["tokens_in"] = None if capture.tokens_in is None else {"norm": quantiles(capture.tokens_in.norm(dim=-1))}
     return found

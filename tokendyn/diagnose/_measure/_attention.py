@@ -12,7 +12,7 @@ from tokendyn.diagnose._attention import attention_blocks
 from tokendyn.diagnose._capture import Capture
 
 #: Multiplications c L² N / 2 allowed a sequence; beyond, evenly spaced channels are looked at.
-BUDGET = 2.5e9
+BUDGET = 1.5e9
 #: A token is a sink if later tokens give it, on average, more than this share of their attention...
 SINK = 0.3
 #: ...which is at least this many times what an even spread would give it.
@@ -32,22 +32,22 @@ def measure_attention(capture: Capture, channels: tuple[int, ...] = (), sequence
     its largest value, by an independent path in float64 on some channels.
     """
     d, length = capture.u.shape[1:]
-    chosen = _channels(d, length, capture.B.shape[1])
+    chosen = channels_within(d, length, capture.B.shape[1])
     alphas, contributions = [], []
     for sequence in range(min(sequences, capture.u.shape[0])):
-        weights, added = _aggregate(capture, sequence, chosen)
-        alphas.append(_rows_to_one(weights))
-        contributions.append(_rows_to_one(added))
+        weights, added = aggregate(capture, sequence, chosen)
+        alphas.append(rows_to_one(weights))
+        contributions.append(rows_to_one(added))
     alpha = torch.stack(alphas).mean(0)
     contribution = torch.stack(contributions).mean(0)
-    sink, even = _sinks(alpha)
+    sink, even = sinks(alpha)
     strong = [j for j in range(length - 1) if sink[j] >= SINK and sink[j] >= OVER_EVEN * even[j]]
     seen = torch.arange(1, length + 1, dtype=alpha.dtype)
     rows = -torch.special.xlogy(alpha, alpha).sum(-1)
     entropy = (rows[1:] / seen[1:].log()).mean() if length > 1 else None
     distance = ((seen[:, None] - seen[None, :]) * alpha).sum(-1)
     top = int(sink[: max(1, length - 1)].argmax())
-    added_sink, _ = _sinks(contribution)
+    added_sink, _ = sinks(contribution)
     return {
         "channels": len(chosen),
         "of": d,
@@ -64,16 +64,16 @@ def measure_attention(capture: Capture, channels: tuple[int, ...] = (), sequence
         "sinks": strong,
         "picture": _picture(alpha),
         "reconstruction": _reconstruction(capture, chosen),
-        "of_channel": {str(c): _picture(_rows_to_one(capture.attention(c).abs().float())) for c in channels},
+        "of_channel": {str(c): _picture(rows_to_one(capture.attention(c).abs().float())) for c in channels},
     }
 
 
-def _channels(d: int, length: int, state: int) -> list[int]:
+def channels_within(d: int, length: int, state: int) -> list[int]:
     wanted = max(min(d, 16), min(d, int(2 * BUDGET / (length * length * state))))
     return torch.linspace(0, d - 1, wanted).round().long().unique().tolist()
 
 
-def _aggregate(capture: Capture, sequence: int, channels: list[int]) -> tuple[Tensor, Tensor]:
+def aggregate(capture: Capture, sequence: int, channels: list[int]) -> tuple[Tensor, Tensor]:
     """(L, L) means over channels of |P_dlj| and of |P_dlj x_dj|; blocks of channels, never (d, L, L)."""
     length = capture.u.shape[-1]
     weights = torch.zeros(length, length)
@@ -85,15 +85,15 @@ def _aggregate(capture: Capture, sequence: int, channels: list[int]) -> tuple[Te
         for rows, columns, block in attention_blocks(capture, sequence, part, torch.float32):
             block = block.abs().cpu()
             weights[rows, columns] += block.sum(0)
-            added[rows, columns] += torch.einsum("crl,cl->rl", block, size[:, columns])
+            added[rows, columns] += (block * size[:, None, columns]).sum(0)
     return weights / len(channels), added / len(channels)
 
 
-def _rows_to_one(weights: Tensor) -> Tensor:
+def rows_to_one(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
-def _sinks(alpha: Tensor) -> tuple[Tensor, Tensor]:
+def sinks(alpha: Tensor) -> tuple[Tensor, Tensor]:
     """(L,) mean attention that later tokens give each token, and the same of an even spread; 0 for the last."""
     length = len(alpha)
     later = torch.ones(length, length, dtype=alpha.dtype).tril(-1)
