@@ -67,7 +67,7 @@ def load_state_dict(module: nnx.Module, tensors: dict[str, Any]) -> None:
         )
     arrays = {}
     for name, variable in variables.items():
-        array = np.asarray(tensors[name])
+        array = np.asarray(tensors[name]).copy()  # JAX may keep what it is given, and torch changes its own in place
         if array.shape != variable.shape:
             raise CheckpointError(
                 f"the weights do not fit {type(module).__name__}: {name} has shape {array.shape}, expected "
