@@ -6,7 +6,7 @@
   const colour = (name) => `var(--${name})`;
   const short = (name) => name.length > 26 ? "…" + name.slice(-25) : name;
   const fmt = (v) => v === null || v === undefined || Number.isNaN(v) ? "–"
-    : v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(4));
+    : v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2).replace(/\.?0+e\+?/, "e") : String(+v.toPrecision(4));
   const get = (value, ...keys) => keys.reduce((v, k) => (v === null || v === undefined ? null : v[k] ?? null), value);
 
   function node(name, attributes, parent, text) {
