@@ -142,6 +142,10 @@ SHAPES = {
 # ------------------------------------------------------------------------------------------------------------- dtypes
 
 DTYPES = {
+    "spectrum in half precision": (
+        lambda: tokendyn.io_spectrum(zeros(2, 5, dtype="float16"), zeros(2, 5, dtype="float16")),
+        r"io_spectrum: S_B has dtype float16, expected a real floating dtype \(float32, float64\); convert it first",
+    ),
     "integer input": (
         scan(u=zeros(2, 8, 32, dtype="int64")),
         r"selective_scan: u has dtype int64, expected a real floating dtype .*convert it first",
@@ -217,10 +221,6 @@ OPTIONS = {
     "tau of an order": (lambda: tokendyn.token_order(zeros(2, 5), tau=-1.0), r"token_order: tau is -1\.0"),
     "unknown regime": (projections(regime="neutral"), r"regime is 'neutral', expected one of 'free', 'positive'"),
     "unknown form": (projections(form="code"), r"form is 'code', expected one of 'paper', 'published_code'"),
-    "spectrum in half precision": (
-        lambda: tokendyn.io_spectrum(zeros(2, 5, dtype="float16"), zeros(2, 5, dtype="float16")),
-        r"io_spectrum: the dtype of S_B is 'float16', expected one of 'float32', 'float64'",
-    ),
     "random inputs of nothing": (
         lambda: tokendyn.random_inputs("selective_scam"),
         r"random_inputs: operation is 'selective_scam', expected one of ",

@@ -14,6 +14,7 @@ from tokendyn._dispatch import kind_of
 from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+WIDE_FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
 
 
@@ -69,17 +70,17 @@ class Shapes:
         )
 
 
-def expect_floats(operation: str, arrays: dict[str, Any]) -> str:
-    """All ``arrays`` (None skipped) share one floating dtype; its name is returned."""
+def expect_floats(operation: str, arrays: dict[str, Any], dtypes: tuple[str, ...] = FLOATS) -> str:
+    """All ``arrays`` (None skipped) share one of the floating ``dtypes``; its name is returned."""
     first: tuple[str, str] | None = None
     for name, array in arrays.items():
         if array is None:
             continue
         dtype = dtype_name(array)
-        if dtype not in FLOATS:
+        if dtype not in dtypes:
             raise DTypeError(
                 f"{operation}: {name} has dtype {dtype}, expected a real floating dtype "
-                f"({', '.join(FLOATS)}); convert it first"
+                f"({', '.join(dtypes)}); convert it first"
             )
         if first is None:
             first = (name, dtype)

@@ -311,6 +311,15 @@ def test_the_step_size_is_exact_at_its_extremes() -> None:
     np.testing.assert_allclose(np.asarray(last), np.exp(np.asarray(delta) - exact), rtol=1e-12)
 
 
+def test_rows_of_attention_may_be_a_list() -> None:
+    with tokendyn.backend("jax"):
+        given = tokendyn.random_inputs("hidden_attention", batch=1, channels=1, length=5)
+    np.testing.assert_array_equal(
+        tokendyn.hidden_attention(**given, rows=[1, 3]),  # type: ignore[arg-type]
+        tokendyn.hidden_attention(**given, rows=(1, 3)),
+    )
+
+
 def test_engines() -> None:
     """An unknown name lists the choices; one that declines says why, and "auto" goes on to the next."""
     arguments = scan_arguments()

@@ -9,7 +9,6 @@ from tokendyn import _checks as check
 from tokendyn._operations._table import operation
 from tokendyn.errors import OptionError, ShapeError
 
-FLOW_DTYPES = ("float32", "float64")
 ATTENTION_KINDS = ("softmax", "linear")
 
 
@@ -30,8 +29,7 @@ def _check_flow(name: str, x: Any, one_channel: bool, parameters: Mapping[str, t
         elif value is not None:
             shapes.expect(key, value, *patterns)
             arrays[key] = value
-    dtype = check.expect_floats(name, arrays)
-    check.expect_choice(name, "the dtype of x", dtype, FLOW_DTYPES)
+    check.expect_floats(name, arrays, check.WIDE_FLOATS)
 
 
 def _channel_parameters(

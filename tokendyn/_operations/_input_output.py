@@ -113,5 +113,4 @@ def io_spectrum(S_B: Any, S_C: Any) -> Any:
     shapes = check.Shapes("io_spectrum")
     shapes.expect("S_B", S_B, "N D")
     shapes.expect("S_C", S_C, "N D")
-    dtype = check.expect_floats("io_spectrum", {"S_B": S_B, "S_C": S_C})
-    check.expect_choice("io_spectrum", "the dtype of S_B", dtype, ("float32", "float64"))
+    check.expect_floats("io_spectrum", {"S_B": S_B, "S_C": S_C}, check.WIDE_FLOATS)

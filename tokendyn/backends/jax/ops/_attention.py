@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,14 @@ from tokendyn.backends.jax.ops._arguments import (
 )
 
 
+def hidden_attention(*, rows: Sequence[int] | None = None, **arguments: Any) -> jax.Array:
+    """See :func:`tokendyn.hidden_attention`."""
+    # jit knows a constant by its hash, which a list has not.
+    return _hidden_attention(rows=None if rows is None else tuple(rows), **arguments)
+
+
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "channel", "aggregate", "rows"))
-def hidden_attention(
+def _hidden_attention(
     delta: jax.Array,
     A: jax.Array,
     B: jax.Array,
@@ -34,7 +41,6 @@ def hidden_attention(
     aggregate: str | None = None,
     rows: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """See :func:`tokendyn.hidden_attention`."""
     batch, d, length = delta.shape
     start, stop = (0, length) if rows is None else rows
     valid = valid_tokens(lengths, length)
