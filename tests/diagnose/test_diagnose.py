@@ -489,7 +489,7 @@ def test_a_real_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert spectrum["biased"]
         assert layer["attention"]["reconstruction"] < 1e-5
         assert layer["regime"]["kind"] == "divergence"
-        _dense_check(spectrum, *model.get_submodule(layer["name"]).io_matrices())  # type: ignore[operator]
+        _dense_check(spectrum, *model.layer(layer["name"]).io_matrices())  # type: ignore[operator]
     largest = [layer["spectrum"]["largest"] for layer in content["layers"]]
     assert largest[0] == pytest.approx(0.66, abs=0.005)
     assert largest[5] == pytest.approx(4.92, abs=0.005)

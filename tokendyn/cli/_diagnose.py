@@ -78,9 +78,11 @@ def _tokens(model: Any, options: argparse.Namespace) -> tuple[Any, str]:
             ids = torch.tensor(json.loads(options.tokens.read_text()), dtype=torch.long)
         except (ValueError, TypeError) as cause:
             raise DataError(f"diagnose: {options.tokens} is no JSON list of token ids ({cause})") from cause
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+        if not ids.numel():
+            raise DataError(f"diagnose: {options.tokens} is empty, expected at least one token")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
             raise DataError(f"diagnose: {options.tokens} has ids outside 0 to {table.num_embeddings - 1}")
-        return ids.reshape(-1, ids.shape[-1]) if ids.ndim else ids, "token ids given"
+        return torch.atleast_2d(ids), "token ids given"
     if options.length < 1:
         raise OptionError(f"diagnose: --length is {options.length}, expected 1 or more")
     return torch.randint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from tokendyn.diagnose._attention import attention_blocks
 from tokendyn.errors import OptionError
+
+#: While captures are measured: the scans made for that are no scans of the model.
+_measuring: ContextVar[bool] = ContextVar("tokendyn_measuring", default=False)
 
 
 @dataclass
@@ -145,6 +149,8 @@ def _watch(site: Site, receive: Callable[[Capture], Any]) -> Callable[[], None]:
     entering: list[Tensor | None] = []
 
     def record(**tensors: Any) -> None:
+        if _measuring.get():
+            return
         site.pending.append(Capture(layer=site.name, family=site.family, index=len(site.pending), **tensors))
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,11 +160,15 @@ def _watch(site: Site, receive: Callable[[Capture], Any]) -> Callable[[], None]:
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         leaving = _stream(output if isinstance(output, tuple) else (output,))
         before = entering[0] if entering else None
-        for capture in site.pending:
-            capture.tokens_in, capture.tokens_out = before, leaving
-            receive(capture)
-        site.pending.clear()
-        entering.clear()
+        measuring = _measuring.set(True)
+        try:
+            for capture in site.pending:
+                capture.tokens_in, capture.tokens_out = before, leaving
+                receive(capture)
+        finally:
+            _measuring.reset(measuring)
+            site.pending.clear()
+            entering.clear()
 
     handles = [
         block.register_forward_pre_hook(enter, with_kwargs=True),

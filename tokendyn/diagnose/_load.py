@@ -162,9 +162,15 @@ class ProjectedLayers(nn.Module):
             # A name is only a key here: whatever it holds, it never becomes an attribute of the module.
             self._modules[name] = layer
 
+    def layer(self, name: str) -> ProjectedS6:
+        """The layer of that name."""
+        found = self._modules[name]
+        assert isinstance(found, ProjectedS6)
+        return found
+
     def forward(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tokens (b, L, d) of every layer by its name; the outputs likewise."""
-        return {name: self._modules[name](tokens[name]) for name in self.names if name in tokens}  # type: ignore[misc]
+        return {name: self.layer(name)(tokens[name]) for name in self.names if name in tokens}
 
 
 def load_projections(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[ProjectedLayers, dict[str, Any]]:

@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Does attraction to the first token predict attention sinks? With controls.",
     )
     parser.add_argument("--typeseg", type=Path, metavar="FILE", help="mamba_al.npz of the package typeseg 0.2.7")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="measure this MambaLM over bytes, train none")
     parser.add_argument("--text", type=Path, help="text to train and measure on (default: tokendyn.core's source)")
     parser.add_argument("--out", type=Path, default=Path("runs/sinks"), metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the language model (default 400)")
@@ -49,8 +50,13 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     sequences = cut_sequences(held_out, options.sequences, options.length, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    model, losses = train_language_model(train, options.steps, options.length, options.seed, print)
-    model.save_pretrained(options.out / "mamba_lm")
+    if options.model is not None:
+        from tokendyn.backends.torch.models import MambaLM
+
+        model, losses = MambaLM.from_pretrained(options.model), None
+    else:
+        model, losses = train_language_model(train, options.steps, options.length, options.seed, print)
+        model.save_pretrained(options.out / "mamba_lm")
     found: dict[str, Any] = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}}
     found["mamba_lm"] = {"losses": losses, **_arms(model, sequences)}
     torch.manual_seed(options.seed)
