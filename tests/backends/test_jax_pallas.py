@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tokendyn
-from tokendyn.backends.jax.ops import _engines, _laplace, _laplace_pallas, _scan_pallas, _scan_xla
+from tokendyn.backends.jax.ops import _engines, _laplace, _laplace_pallas, _order, _scan_pallas, _scan_xla
 from tokendyn.backends.jax.ops._scan_pallas import Tiling
 from tokendyn.errors import EngineError
 
@@ -173,19 +173,21 @@ def test_softsort_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = jnp.asarray(rng.integers(0, 40, (1, 150)) / 10.0)
     x = jnp.asarray(rng.normal(size=(1, 150, 3)))
 
-    def there_and_back(tau: float) -> Any:
+    def there_and_back(engine: str) -> Any:
         def call(scores: Any, x: Any) -> Any:
-            sorted_tokens = tokendyn.softsort(scores, x, tau=tau)
-            return jnp.sum(jnp.sin(tokendyn.softsort_restore(scores, sorted_tokens * x, tau=tau)))
+            sorted_tokens = tokendyn.softsort(scores, x, tau=0.3, engine=engine)
+            return jnp.sum(jnp.sin(tokendyn.softsort_restore(scores, sorted_tokens * x, tau=0.3, engine=engine)))
 
         return jax.jit(jax.value_and_grad(call, (0, 1)))(scores, x)
 
-    want = there_and_back(0.3)
-    monkeypatch.setattr(_laplace, "_carry_for", lambda x: functools.partial(_laplace_pallas.carry, interpret=True))
-    jax.clear_caches()  # compiled code does not know that the function was replaced
-    got = there_and_back(0.3)
-    jax.clear_caches()
-    assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < 1e-12
+    with pytest.raises(EngineError, match="the arrays are on cpu"):
+        there_and_back("pallas")
+    with pytest.raises(EngineError, match="power is 2, it takes 1"):
+        tokendyn.softsort(scores, x, power=2, engine="pallas")
+    monkeypatch.setattr(_order, "kernels_decline", lambda x: None)
+    monkeypatch.setattr(_laplace_pallas, "carry", functools.partial(_laplace_pallas.carry, interpret=True))
+    errors = jax.tree.leaves(jax.tree.map(error, there_and_back("pallas"), there_and_back("xla")))
+    assert max(errors) < 1e-12
 
 
 def test_softsort_lowers_for_cuda() -> None:
@@ -196,3 +198,37 @@ def test_softsort_lowers_for_cuda() -> None:
     gradient = jax.jit(jax.grad(lambda *a: _laplace_pallas.carry(*a).sum()))
     text = gradient.trace(own, decay, same).lower(lowering_platforms=("cuda",)).as_text()
     assert 'name = "tokendyn_laplace_solve_transposed"' in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_on_a_gpu(dtype: Any, scalar: bool) -> None:
+    """Compiled kernels at real sizes, odd ones, with everything given, by the engine that "auto" chooses."""
+    made = arguments(d=330, L=1021, N=13, groups=3, scalar=scalar, dtype=dtype)
+    options = {"seq_idx": jnp.asarray([[0] * 500 + [1] * 521, [3] * 1021]), "lengths": jnp.asarray([1021, 700])}
+    assert _engines.choose("auto", made).name == "pallas"
+    got = results(_engines.choose("auto", made).run, made, **options)
+    want = results(_scan_xla.run, made, **options)
+    # A decay rate's gradient is a sum over all tokens of what cancels.
+    bound = 2e-5 if dtype == jnp.float32 else 2e-2
+    assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_softsort_on_a_gpu() -> None:
+    rng = np.random.default_rng(4)
+    scores = jnp.asarray(rng.integers(0, 400, (3, 1500)) / 100.0, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(3, 1500, 70)), jnp.float32)
+
+    def there_and_back(engine: str) -> Any:
+        def call(scores: Any, x: Any) -> Any:
+            sorted_tokens = tokendyn.softsort(scores, x, tau=0.3, engine=engine)
+            return jnp.sum(jnp.sin(tokendyn.softsort_restore(scores, sorted_tokens * x, tau=0.3, engine=engine)))
+
+        return jax.jit(jax.value_and_grad(call, (0, 1)))(scores, x)
+
+    errors = jax.tree.leaves(jax.tree.map(error, there_and_back("pallas"), there_and_back("xla")))
+    assert max(errors) < 2e-5

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from tokendyn.backends.jax.ops._arguments import EXACT, absolute, varying_like
-from tokendyn.backends.jax.ops._engines import kernels_decline
+
+Carry = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 #: Tokens a block, at most.
 BLOCK = 64
@@ -31,8 +32,11 @@ BLOCK = 64
 _einsum = functools.partial(jnp.einsum, precision=EXACT)
 
 
-def laplace_kernel(s: jax.Array, x: jax.Array, tau: jax.Array | float) -> jax.Array:
-    """``K x`` for ascending scores s (b, L) and x (b, L, D). O(b L D) time, O(b L (D + BLOCK)) memory."""
+def laplace_kernel(s: jax.Array, x: jax.Array, tau: jax.Array | float, *, engine: str = "xla") -> jax.Array:
+    """``K x`` for ascending scores s (b, L) and x (b, L, D). O(b L D) time, O(b L (D + BLOCK)) memory.
+
+    ``engine``: who carries the sums over blocks, ``"xla"`` or ``"pallas"``.
+    """
     batch, length, channels = x.shape
     blocks = -(-length // BLOCK)
     size = -(-length // blocks)
@@ -41,17 +45,20 @@ def laplace_kernel(s: jax.Array, x: jax.Array, tau: jax.Array | float) -> jax.Ar
     x = jnp.pad(x, ((0, 0), added, (0, 0))).reshape(batch, blocks, size, channels)
     y = _einsum("bnij,bnjd->bnid", jnp.exp(-absolute(s[..., :, None] - s[..., None, :]) / tau), x)
     if blocks > 1:
+        carry_of = carry if engine == "xla" else _kernel_carry()
         value = jax.lax.stop_gradient(s)
         e = (s - value) / tau
         y = (
             y
-            + _from_other_blocks(value, e, x, tau, reverse=False)
-            + _from_other_blocks(-value, -e, x, tau, reverse=True)
+            + _from_other_blocks(value, e, x, tau, carry_of, reverse=False)
+            + _from_other_blocks(-value, -e, x, tau, carry_of, reverse=True)
         )
     return y.reshape(batch, blocks * size, channels)[:, :length]
 
 
-def _from_other_blocks(s: jax.Array, e: jax.Array, x: jax.Array, tau: jax.Array | float, *, reverse: bool) -> jax.Array:
+def _from_other_blocks(
+    s: jax.Array, e: jax.Array, x: jax.Array, tau: jax.Array | float, carry_of: Carry, *, reverse: bool
+) -> jax.Array:
     """(b, n, Q, D) ``Σ_j K_ij x_j`` over the tokens j of the blocks before that of i, or behind it in ``reverse``.
 
     Of the tokens passed, whose scores are at most ``top``, it carries ``Σ exp(e_j - (top - s_j)/τ) x_j`` over
@@ -78,7 +85,7 @@ def _from_other_blocks(s: jax.Array, e: jax.Array, x: jax.Array, tau: jax.Array 
     steps = (own, decay, same)
     if reverse:
         steps = jax.tree.map(lambda v: jnp.flip(v, 1), steps)
-    sums = _carry_for(x)(*steps)
+    sums = carry_of(*steps)
     if reverse:
         sums = jnp.flip(sums, 1)
 
@@ -88,10 +95,7 @@ def _from_other_blocks(s: jax.Array, e: jax.Array, x: jax.Array, tau: jax.Array 
     return _einsum("bnik,bnkd->bnid", weights, sums)
 
 
-def _carry_for(x: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """What carries the sums over blocks where ``x`` lies: a kernel on a GPU, which would start one for every block."""
-    if kernels_decline(x) is not None:
-        return carry
+def _kernel_carry() -> Carry:
     from tokendyn.backends.jax.ops import _laplace_pallas  # loads Pallas, which no other device needs
 
     return _laplace_pallas.carry

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 
 from tokendyn._checks import expect_choice
 from tokendyn.backends.jax.ops._arguments import EXACT, absolute, widen
+from tokendyn.backends.jax.ops._engines import kernels_decline
 from tokendyn.backends.jax.ops._laplace import laplace_kernel
+from tokendyn.errors import EngineError
 
 _einsum = functools.partial(jnp.einsum, precision=EXACT)
-ENGINES = ("auto", "xla")
+ENGINES = ("auto", "pallas", "xla")
 #: tau is no compile-time constant, so that a schedule of temperatures compiles once.
 _jit = functools.partial(jax.jit, static_argnames=("power", "ascending"))
+_jit_by_engine = functools.partial(jax.jit, static_argnames=("power", "ascending", "engine"))
 
 
 @jax.jit
@@ -52,8 +55,8 @@ def softsort(
     engine: str = "auto",
 ) -> jax.Array:
     """See :func:`tokendyn.softsort`."""
-    expect_choice("softsort on JAX", "engine", engine, ENGINES)
-    return _softsort(scores, x, float(tau), power=power, ascending=ascending)
+    engine = _engine("softsort", engine, x, power)
+    return _softsort(scores, x, float(tau), power=power, ascending=ascending, engine=engine)
 
 
 def softsort_restore(
@@ -66,8 +69,8 @@ def softsort_restore(
     engine: str = "auto",
 ) -> jax.Array:
     """See :func:`tokendyn.softsort_restore`."""
-    expect_choice("softsort_restore on JAX", "engine", engine, ENGINES)
-    return _softsort_restore(scores, y, float(tau), power=power, ascending=ascending)
+    engine = _engine("softsort_restore", engine, y, power)
+    return _softsort_restore(scores, y, float(tau), power=power, ascending=ascending, engine=engine)
 
 
 def softsort_matrix(scores: jax.Array, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> jax.Array:
@@ -77,30 +80,47 @@ def softsort_matrix(scores: jax.Array, *, tau: float = 1.0, power: float = 1, as
 
 def effective_tokens(scores: jax.Array, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> jax.Array:
     """See :func:`tokendyn.effective_tokens`."""
-    return _effective_tokens(jax.lax.stop_gradient(scores), float(tau), power=power, ascending=ascending)
+    engine = _engine("effective_tokens", "auto", scores, power)
+    scores = jax.lax.stop_gradient(scores)
+    return _effective_tokens(scores, float(tau), power=power, ascending=ascending, engine=engine)
 
 
-@_jit
-def _softsort(scores: jax.Array, x: jax.Array, tau: jax.Array, *, power: float, ascending: bool) -> jax.Array:
+def _engine(operation: str, name: str, x: jax.Array, power: float) -> str:
+    """Who carries sums over blocks: a kernel on a GPU, or XLA, which there starts several for every block."""
+    expect_choice(f"{operation} on JAX", "engine", name, ENGINES)
+    reason = kernels_decline(x) if power == 1 else f"power is {power}, it takes 1"
+    if name == "pallas" and reason is not None:
+        raise EngineError(
+            f"{operation}: engine 'pallas' cannot take this call: {reason}; choose engine='auto' or 'xla'"
+        )
+    return "xla" if name == "xla" or reason is not None else "pallas"
+
+
+@_jit_by_engine
+def _softsort(
+    scores: jax.Array, x: jax.Array, tau: jax.Array, *, power: float, ascending: bool, engine: str
+) -> jax.Array:
     s, tokens, order = _widened(scores, x, ascending)
     if power != 1:
         # Sorted keys against keys in place: the gather of tokens is left to the product.
         K = _kernel(_take(s, order), s, tau, power)
         return (_einsum("bkl,bld->bkd", K, tokens) / K.sum(-1, keepdims=True)).astype(x.dtype)
-    product = laplace_kernel(_take(s, order), _with_column(take_tokens(tokens, order), 1), tau)
+    product = laplace_kernel(_take(s, order), _with_column(take_tokens(tokens, order), 1), tau, engine=engine)
     return (product[..., :-1] / product[..., -1:]).astype(x.dtype)
 
 
-@_jit
-def _softsort_restore(scores: jax.Array, y: jax.Array, tau: jax.Array, *, power: float, ascending: bool) -> jax.Array:
+@_jit_by_engine
+def _softsort_restore(
+    scores: jax.Array, y: jax.Array, tau: jax.Array, *, power: float, ascending: bool, engine: str
+) -> jax.Array:
     s, tokens, order = _widened(scores, y, ascending)
     if power != 1:
         K = _kernel(_take(s, order), s, tau, power)
         P = K / K.sum(-1, keepdims=True)
         return (_einsum("bkl,bkd->bld", P, tokens) / P.sum(1)[..., None]).astype(y.dtype)
     s = _take(s, order)
-    total = laplace_kernel(s, jnp.ones_like(tokens[..., :1]), tau)
-    product = laplace_kernel(s, _with_column(tokens, 1) / total, tau)
+    total = laplace_kernel(s, jnp.ones_like(tokens[..., :1]), tau, engine=engine)
+    product = laplace_kernel(s, _with_column(tokens, 1) / total, tau, engine=engine)
     return put_tokens(product[..., :-1] / product[..., -1:], order).astype(y.dtype)
 
 
@@ -111,8 +131,8 @@ def _softsort_matrix(scores: jax.Array, tau: jax.Array, *, power: float, ascendi
     return (K / K.sum(-1, keepdims=True)).astype(scores.dtype)
 
 
-@_jit
-def _effective_tokens(scores: jax.Array, tau: jax.Array, *, power: float, ascending: bool) -> jax.Array:
+@_jit_by_engine
+def _effective_tokens(scores: jax.Array, tau: jax.Array, *, power: float, ascending: bool, engine: str) -> jax.Array:
     # K² is the same kernel at τ/2, so with row sums Z: 1/Σ P² = Z_τ² / Z_{τ/2}.
     s = _key(widen(scores), ascending)
     s = _take(s, _sorting(s))
@@ -120,7 +140,7 @@ def _effective_tokens(scores: jax.Array, tau: jax.Array, *, power: float, ascend
     def total(tau: jax.Array) -> jax.Array:
         if power != 1:
             return _kernel(s, s, tau, power).sum(-1)
-        return laplace_kernel(s, jnp.ones_like(s)[..., None], tau)[..., 0]
+        return laplace_kernel(s, jnp.ones_like(s)[..., None], tau, engine=engine)[..., 0]
 
     return (total(tau) ** 2 / total(tau / 2)).astype(scores.dtype)
 
