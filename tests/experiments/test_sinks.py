@@ -1,0 +1,87 @@
+"""The study of sinks: what it finds where the answer is known, and that it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tokendyn.errors import DataError  # noqa: E402
+from tokendyn.experiments.sinks._command import main  # noqa: E402
+from tokendyn.experiments.sinks._measure import EXPLANATIONS, Row, explain  # noqa: E402
+from tokendyn.experiments.sinks._texts import cut_sequences, read_bytes, split  # noqa: E402
+from tokendyn.experiments.sinks._typeseg import load_typeseg, to_ids  # noqa: E402
+
+
+def _rows(layers: int, sequences: int, seed: int) -> list[Row]:
+    """Sinks that follow ``step_ratio`` exactly; their level differs by layer as ``attraction`` does, and nothing more."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for depth in range(layers):
+        for sequence in range(sequences):
+            values = {name: float(rng.normal()) for name in EXPLANATIONS}
+            values["attraction"] = 10 * depth + float(rng.normal())
+            sink = 10 * depth + np.tanh(values["step_ratio"])
+            rows.append(Row(f"layer {depth}", depth, sequence, sink, sink, 0.1, values))
+    return rows
+
+
+def test_differences_between_layers_explain_nothing_by_themselves() -> None:
+    found = explain(_rows(5, 30, 0))
+    assert found["step_ratio"]["correlation"] == pytest.approx(1.0)
+    assert found["step_ratio"]["p"] < 0.01
+    assert found["attraction"]["between_layers"] == pytest.approx(1.0)  # what a study without this control would report
+    assert abs(found["attraction"]["correlation"]) < 0.3
+    low, high = found["attraction"]["interval"]
+    assert low < 0 < high
+
+
+def test_the_permutation_test_holds_its_level() -> None:
+    """Of explanations that explain nothing at most a few are called significant."""
+    called = []
+    for seed in range(6):
+        found = explain(_rows(2, 12, 100 + seed))
+        called += [found[name]["p"] < 0.05 for name in EXPLANATIONS if name not in ("step_ratio", "attraction")]
+    assert np.mean(called) < 0.2
+
+
+def test_texts() -> None:
+    data = read_bytes(None)
+    train, held_out = split(data)
+    assert len(train) + len(held_out) == len(data) > 100_000
+    assert 0 <= data.min() <= data.max() <= 128
+    sequences = cut_sequences(held_out, 5, 100, 0)
+    assert [tuple(s.shape) for s in sequences] == [(1, 100)] * 5
+    assert len({tuple(s[0].tolist()) for s in sequences}) == 5
+    with pytest.raises(DataError, match="expected at least"):
+        cut_sequences(held_out[:50], 5, 100, 0)
+    assert to_ids("aé").tolist() == [[97, 128, 128]]
+
+
+def test_missing_or_other_arrays_are_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"pip download --no-deps typeseg==0\.2\.7"):
+        load_typeseg(tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", a=np.ones(2))
+    with pytest.raises(DataError, match="does not hold typeseg's Mamba"):
+        load_typeseg(tmp_path / "other.npz")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(DataError, match="does not hold typeseg's Mamba"):
+        load_typeseg(tmp_path / "objects.npz")
+
+
+def test_the_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["--steps", "2", "--sequences", "3", "--length", "32", "--out", str(out)]) == 0
+    found = json.loads((out / "result.json").read_text())
+    assert set(found) == {"settings", "mamba_lm", "mamba_lm_untrained"}
+    assert len(found["mamba_lm"]["losses"]) == 2
+    for arm in ("plain", "rolled"):
+        assert set(found["mamba_lm"][arm]["explains_attention"]) == set(EXPLANATIONS)
+        assert len(found["mamba_lm"][arm]["sinks"]) == 4
+    assert "| attraction |" in capsys.readouterr().out
+    assert main(["--text", str(tmp_path / "no"), "--out", str(out)]) == 2
+    assert "is no file" in capsys.readouterr().err
