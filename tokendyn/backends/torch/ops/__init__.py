@@ -16,12 +16,13 @@ from tokendyn.backends.torch.ops._order import (
     effective_tokens,
     hard_order,
     importance_score,
+    put_tokens,
     softsort,
     softsort_matrix,
     softsort_restore,
+    take_tokens,
 )
 from tokendyn.backends.torch.ops._parametrize import io_projections
-from tokendyn.backends.torch.ops._permute import put_tokens, take_tokens
 from tokendyn.backends.torch.ops._scan import selective_scan
 from tokendyn.backends.torch.ops._spectrum import io_spectrum
 from tokendyn.backends.torch.ops._step import selective_state_update

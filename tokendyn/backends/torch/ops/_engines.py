@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tokendyn.backends.torch.ops import _mamba_ssm, _scan_chunked, _scan_plain, _softsort_plain, _step_plain
+from tokendyn.backends.torch.ops import _mamba_ssm, _permute, _scan_chunked, _scan_plain, _softsort_plain, _step_plain
 from tokendyn.errors import EngineError, OptionError
 
 _log = logging.getLogger(__name__)
@@ -152,6 +152,24 @@ def _triton_softsort_restore(*args: Any) -> Any:
     return _softsort_triton.softsort_restore(*args)
 
 
+def _triton_move_declines(call: Call) -> str | None:
+    if not call.dtype.is_floating_point:
+        return f"it marks what has no order by NaN, the tokens are {call.dtype}"
+    return _triton_declines(call)
+
+
+def _triton_take(*args: Any) -> Any:
+    from tokendyn.backends.torch.ops import _permute_triton
+
+    return _permute_triton.take_tokens(*args)
+
+
+def _triton_put(*args: Any) -> Any:
+    from tokendyn.backends.torch.ops import _permute_triton
+
+    return _permute_triton.put_tokens(*args)
+
+
 def _takes_all(call: Call) -> None:
     return None
 
@@ -174,6 +192,14 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
     "softsort_restore": (
         Engine("triton", _triton_order_declines, _triton_softsort_restore),
         Engine("plain", _takes_all, _softsort_plain.softsort_restore),
+    ),
+    "take_tokens": (
+        Engine("triton", _triton_move_declines, _triton_take),
+        Engine("plain", _takes_all, _permute.take_tokens),
+    ),
+    "put_tokens": (
+        Engine("triton", _triton_move_declines, _triton_put),
+        Engine("plain", _takes_all, _permute.put_tokens),
     ),
 }
 

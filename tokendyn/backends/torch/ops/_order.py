@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokendyn.backends.torch.ops._engines import OrderCall, choose
+from tokendyn.backends.torch.ops._engines import Call, OrderCall, choose
 from tokendyn.backends.torch.ops._function import transformed
 from tokendyn.backends.torch.ops._laplace import laplace_kernel
 from tokendyn.backends.torch.ops._permute import sorting
@@ -23,6 +23,21 @@ def importance_score(x: torch.Tensor, s_delta: torch.Tensor | None, k: torch.Ten
 def hard_order(scores: torch.Tensor, *, ascending: bool = True) -> torch.Tensor:
     """See :func:`tokendyn.hard_order`."""
     return sorting(scores, ascending)
+
+
+def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """See :func:`tokendyn.take_tokens`."""
+    return choose("take_tokens", "auto", _describe_move(x)).run(x, indices)
+
+
+def put_tokens(y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """See :func:`tokendyn.put_tokens`."""
+    return choose("put_tokens", "auto", _describe_move(y)).run(y, indices)
+
+
+def _describe_move(x: torch.Tensor) -> Call:
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    return Call(dtype=x.dtype, device=x.device.type, needs_grad=needs_grad, transformed=transformed())
 
 
 def softsort(

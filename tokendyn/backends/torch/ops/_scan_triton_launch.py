@@ -22,10 +22,11 @@ BLOCKS_A_BAND = 4
 FORWARD_UNROLL, BACKWARD_UNROLL, GRADIENT_UNROLL = 1, 8, 2
 WARPS_A_PROCESSOR = 16
 
-#: Scalar A: largest N, most channels a program, warps a program (forward, backward), programs to keep
-#: a processor busy, stages of loads in flight.
+#: Scalar A: largest N, most channels a program (backward before capability 9, where the assembler gives up on more),
+#: warps a program (forward, backward), programs to keep a processor busy, stages of loads in flight.
 SCALAR_STATE = 64
 SCALAR_ROWS = 64
+SCALAR_ROWS_BACKWARD_BEFORE_9 = 32
 SCALAR_WARPS = (4, 8)
 SCALAR_PROGRAMS = 2
 SCALAR_STAGES = 3
@@ -44,6 +45,11 @@ _SCALAR_CLAMP = 14.5
 @functools.cache
 def _processors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return 9 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
 
 
 def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -231,11 +237,11 @@ def general_backward(dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, 
 class _Scalar:
     """What the forward and the backward launches of one call share."""
 
-    def __init__(self, u: torch.Tensor, B: torch.Tensor, softplus: bool) -> None:
+    def __init__(self, u: torch.Tensor, B: torch.Tensor, softplus: bool, most_rows: int) -> None:
         batch, channels, length = u.shape
         groups, state = B.shape[1], B.shape[2]
         size = channels // groups
-        rows = min(SCALAR_ROWS, max(16, triton.next_power_of_2(size)))
+        rows = min(most_rows, max(16, triton.next_power_of_2(size)))
         self.tiles = triton.cdiv(size, rows)
         self.chunks = triton.cdiv(length, _CHUNK)
         programs = batch * groups * self.tiles
@@ -253,7 +259,7 @@ class _Scalar:
 
 def scalar_forward(u, delta, A, B, C, D, z, bias, initial_state, seq_idx, lengths, softplus, keep_states):
     """y, the states before and after segments, and (if kept) the states before all chunks."""
-    plan = _Scalar(u, B, softplus)
+    plan = _Scalar(u, B, softplus, SCALAR_ROWS)
     A, B, C = A.contiguous(), B.contiguous(), C.contiguous()
     y = torch.empty_like(u)
     slots = _floats(u, *plan.slots)
@@ -277,7 +283,8 @@ def scalar_forward(u, delta, A, B, C, D, z, bias, initial_state, seq_idx, length
 
 def scalar_backward(dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus):
     """As :func:`general_backward`."""
-    plan, (batch, groups, state, length) = _Scalar(u, B, softplus), B.shape
+    rows = SCALAR_ROWS if _capability(u.device) >= 9 else SCALAR_ROWS_BACKWARD_BEFORE_9
+    plan, (batch, groups, state, length) = _Scalar(u, B, softplus, rows), B.shape
     A, B, C = A.contiguous(), B.contiguous(), C.contiguous()
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), _like(z, u)
     slots = _floats(u, *plan.slots)
