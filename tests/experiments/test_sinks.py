@@ -18,7 +18,7 @@ from tokendyn.experiments.sinks._typeseg import load_typeseg, to_ids  # noqa: E4
 
 
 def _rows(layers: int, sequences: int, seed: int) -> list[Row]:
-    """Sinks that follow ``step_ratio`` exactly; their level differs by layer as ``attraction`` does, and nothing more."""
+    """Sinks that follow ``step_ratio`` exactly; their level differs by layer as ``attraction`` does, no more."""
     rng = np.random.default_rng(seed)
     rows = []
     for depth in range(layers):
