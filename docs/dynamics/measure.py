@@ -9,6 +9,7 @@ From the root of the repository::
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokendyn import classify, classify_sphere, simulate, simulate_sphere
 from tokendyn.core import _sphere
 
 FOLDER = Path(__file__).parent / "_measured"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "dynamics.json"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -176,6 +178,36 @@ def sphere_rates() -> str:
     return table(["case", "predicted rate of token 2", "fitted"], rows)
 
 
+def speed() -> str:
+    """From the figures that benchmarks/dynamics.py has written."""
+    measured = json.loads(BENCHMARK.read_text(encoding="utf-8"))
+    ensemble = measured["ensemble"]
+    columns = {
+        "convergence": measured["convergence"],
+        "slow divergence": measured["slow divergence"],
+        f"{ensemble['size']} of L = {ensemble['length']}": ensemble,
+    }
+    solvers = [key for key, value in measured["convergence"].items() if isinstance(value, dict)]
+    rows = []
+    for solver in solvers:
+        cells = []
+        for column in columns.values():
+            found = column.get(solver)
+            seconds = found and found["seconds_at_error_1e-08"]
+            shown = seconds and (f"{seconds:.3g} s" if seconds > 1 else f"{1e3 * seconds:.3g} ms")
+            cells.append(f"{shown} ({found['times_ours']:.1f})" if seconds else "-")
+        rows.append([solver, *cells])
+    line, problems = measured["right_hand_side"], measured["classifier"].values()
+    return (
+        table(["solver", *columns], rows)
+        + f"\nOne right-hand side takes {line['ns_a_token']:.1f} ns a token + {line['offset_microseconds']:.0f} µs, "
+        + f"within {100 * line['worst_relative_misfit']:.0f} % from L = 1,000 to 100,000. The classifier does "
+        + "; ".join(f"{rate / 1e6:.2g} million" for rate in problems)
+        + " problems of L = 16 a second: kind and margin; constants and bounds too."
+        + f"\nMeasured on {measured['machine']['cores']} cores ({measured['machine']['cpu']}).\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -187,6 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
         counter_examples,
         sphere_eigenvalues,
         sphere_rates,
+        speed,
     )
 }
 
