@@ -108,8 +108,7 @@ def _linear_part(module: Any, delta: Tensor, delta_softplus: bool) -> Tensor | N
     """S_Δ x: what the scan was given if it adds the bias itself, else what the layer's own words make of it."""
     if delta_softplus:
         return delta
-    undo = getattr(module, "undo_step", None)
-    return undo(delta) if callable(undo) else None
+    return module.undo_step(delta) if hasattr(module, "undo_step") else None
 
 
 def _rates(A: Tensor, state: int) -> Tensor:
@@ -118,9 +117,8 @@ def _rates(A: Tensor, state: int) -> Tensor:
 
 
 def _projections(module: Any) -> Projections | None:
-    matrices, factors = getattr(module, "io_matrices", None), getattr(module, "s_delta", None)
-    if not callable(matrices) or not callable(factors):
+    if not hasattr(module, "io_matrices") or not hasattr(module, "s_delta"):
         return None
-    S_B, S_C = matrices()
+    S_B, S_C = module.io_matrices()
     biased = getattr(module, "biased", getattr(getattr(module, "x_proj", None), "bias", None) is not None)
-    return Projections(S_B.detach(), S_C.detach(), tuple(f.detach() for f in factors()), biased=biased)
+    return Projections(S_B.detach(), S_C.detach(), tuple(f.detach() for f in module.s_delta()), biased=biased)

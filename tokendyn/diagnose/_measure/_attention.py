@@ -41,12 +41,14 @@ def measure_attention(capture: Capture, channels: tuple[int, ...] = (), sequence
     alpha = torch.stack(alphas).mean(0)
     contribution = torch.stack(contributions).mean(0)
     sink, even = sinks(alpha)
-    strong = [j for j in range(length - 1) if sink[j] >= SINK and sink[j] >= OVER_EVEN * even[j]]
+    # A mean over the last few rows is no sink: an eighth of the sequence must come after.
+    candidates = max(1, length - max(1, length // 8))
+    strong = [j for j in range(candidates) if sink[j] >= SINK and sink[j] >= OVER_EVEN * even[j]]
     seen = torch.arange(1, length + 1, dtype=alpha.dtype)
     rows = -torch.special.xlogy(alpha, alpha).sum(-1)
     entropy = (rows[1:] / seen[1:].log()).mean() if length > 1 else None
     distance = ((seen[:, None] - seen[None, :]) * alpha).sum(-1)
-    top = int(sink[: max(1, length - 1)].argmax())
+    top = int(sink[:candidates].argmax())
     added_sink, _ = sinks(contribution)
     return {
         "channels": len(chosen),
