@@ -56,6 +56,7 @@ class Subject:
 
 
 SMALL_SCAN = {"batch": 2, "channels": 4, "length": 5, "state": 2}
+SMALL_STEP = {"batch": 2, "channels": 4, "state": 2}
 SMALL_ORDER = {"batch": 2, "channels": 2, "length": 5}
 SMALL_SCORES = {"batch": 2, "length": 5}
 MAPS = {"channels": 7, "state": 3}
@@ -68,6 +69,8 @@ SUBJECTS = {
         {"return_last_state": True},
     ),
     "scan, plain": Subject("selective_scan", {**SMALL_SCAN, "with_state": True}, {"engine": "plain"}),
+    "step": Subject("selective_state_update", SMALL_STEP, {}),
+    "step, scalar A, groups": Subject("selective_state_update", {**SMALL_STEP, "scalar_a": True, "groups": 2}, {}),
     "attention": Subject("hidden_attention", {**SMALL_SCAN, "packed": True}, {}),
     "attention, rows": Subject("hidden_attention", {**SMALL_SCAN, "scalar_a": True}, {"rows": (2, 4), "channel": 1}),
     "attention, mean": Subject("hidden_attention", {**SMALL_SCAN, "groups": 2}, {"aggregate": "mean_abs"}),
