@@ -95,6 +95,14 @@ def cases() -> Iterator[tuple[str, Case]]:
         ),
     )
 
+    with tokendyn.backend("jax"):
+        one_token = tokendyn.random_inputs("selective_state_update", dtype="float64", channels=4, state=3, groups=2)
+    del one_token["dt_softplus"]
+    yield (
+        "selective_state_update",
+        Case(lambda **v: tokendyn.selective_state_update(**v, dt_softplus=True), one_token),
+    )
+
     def spectrum(S_B: Any, S_C: Any) -> Any:
         values, symmetric = tokendyn.io_spectrum(S_B, S_C)
         return values.real, values.imag, symmetric
