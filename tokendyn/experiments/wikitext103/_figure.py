@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tokendyn.experiments._drawing import COLOURS, STYLE, draw_band, save_figure
 from tokendyn.experiments._run_folder import RunRecord
@@ -63,6 +64,7 @@ def _label(panels: Sequence[Axes], seeds: int) -> None:
     )
     for place, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         panel.set_title(title)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("step" if place < 3 else "block" if place == 5 else "layer")
         if place in (1, 3) and panel.lines:
             panel.set_yscale("log")
