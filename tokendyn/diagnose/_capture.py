@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ class Capture:
 @dataclass
 class Site:
     """One layer with a selective scan, and how to watch it: ``watch(record)`` installs hooks and returns what
-    removes them; ``record(**tensors of Capture)`` is called once a scan, inside the layer's forward."""
+    removes them; ``record(make)`` is called once a scan in the layer's forward, ``make()`` gives Capture's fields."""
 
     name: str
     module: nn.Module
@@ -126,6 +127,7 @@ class Site:
     watch: Callable[[Callable[..., None]], Callable[[], None]]
     block: nn.Module | None = None
     pending: list[Capture] = field(default_factory=list)
+    seconds: float = 0.0  # taken by making captures
 
 
 @contextlib.contextmanager
@@ -148,10 +150,12 @@ def _watch(site: Site, receive: Callable[[Capture], Any]) -> Callable[[], None]:
     block = site.block or site.module
     entering: list[Tensor | None] = []
 
-    def record(**tensors: Any) -> None:
+    def record(make: Callable[[], dict[str, Any]]) -> None:
         if _measuring.get():
             return
-        site.pending.append(Capture(layer=site.name, family=site.family, index=len(site.pending), **tensors))
+        begun = time.perf_counter()
+        site.pending.append(Capture(layer=site.name, family=site.family, index=len(site.pending), **make()))
+        site.seconds += time.perf_counter() - begun
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         site.pending.clear()

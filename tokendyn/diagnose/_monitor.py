@@ -79,6 +79,8 @@ class Monitor:
         self._begun: float | None = None
         self._opened: Any = None
         self._number = 0
+        self._cost = 0.0  # of the last watched step
+        self._before = 0.0
 
     def step(self, number: int) -> Monitor:
         """The context of one training step (forward, backward, update)."""
@@ -92,11 +94,13 @@ class Monitor:
         self.total = now - self._begun
         self._found: dict[str, dict[str, float]] = {}
         self._opened = None
-        affordable = not self.records or self.spent < self.budget * self.total
+        # As if this step cost what the last one did, so that the budget is not overdrawn.
+        affordable = not self.records or self.spent + self._cost < self.budget * self.total
         if self._number - self._last >= self.every and affordable:
             self._opened = watching(self.model, self.sites, self._receive)
             self._opened.__enter__()
             self._last = self._number
+            self._before = self.spent
             self.spent += time.perf_counter() - now
         return self
 
@@ -104,6 +108,9 @@ class Monitor:
         begun = time.perf_counter()
         if self._opened is not None:
             self._opened.__exit__(None, None, None)
+            for site in self.sites:
+                self.spent += site.seconds
+                site.seconds = 0.0
             if self._found:
                 record = {"step": self._number, "layers": self._found}
                 self.records.append(record)
@@ -111,6 +118,7 @@ class Monitor:
                 if error[0] is None:
                     self._judge()
             self.spent += time.perf_counter() - begun
+            self._cost = self.spent - self._before
         if self._begun is not None:
             self.total = time.perf_counter() - self._begun
 

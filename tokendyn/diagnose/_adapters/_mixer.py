@@ -62,7 +62,7 @@ def _watch(module: nn.Module, record: Callable[..., None]) -> Callable[[], None]
 
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         if {"u", "projected", "y"} <= seen.keys():
-            record(**_captured(module, seen))
+            record(lambda: _captured(module, seen))
         seen.clear()
 
     handles = [

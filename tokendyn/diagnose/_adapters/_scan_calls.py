@@ -77,31 +77,49 @@ def _shown(
     running = _running.get()
     if running and B.ndim == 3:
         module, record = running[-1]
-        step = delta.detach()
-        if delta_bias is not None:
-            step = step + delta_bias.detach()[:, None].to(step.dtype)
-        notes = tuple(
-            f"the scan was given {name}, which is not part of the hidden attention"
-            for name in ("initial_state", "seq_idx", "lengths")
-            if options.get(name) is not None
-        )
-        if getattr(module, "order", None) is not None:
-            notes = (*notes, "the layer orders its tokens: places are those of the sorted sequence")
-        pre = _linear_part(module, delta.detach(), delta_softplus)
-        record(
-            u=u.detach(),
-            delta=F.softplus(step) if delta_softplus else step,
-            pre=pre,
-            A=_rates(A.detach(), B.shape[1]),
-            B=B.detach(),
-            C=C.detach(),
-            D=None if D is None else D.detach(),
-            z=None if z is None else z.detach(),
-            y=(out[0] if options.get("return_last_state") else out).detach(),
-            projections=_projections(module),
-            notes=notes,
-        )
+        last = out[0] if options.get("return_last_state") else out
+        record(lambda: _captured(module, u, delta, A, B, C, D, z, last, delta_bias, delta_softplus, options))
     return out
+
+
+def _captured(
+    module: nn.Module,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    y: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The fields of :class:`Capture` from the arguments of one scan and its output."""
+    step = delta.detach()
+    if delta_bias is not None:
+        step = step + delta_bias.detach()[:, None].to(step.dtype)
+    notes = tuple(
+        f"the scan was given {name}, which is not part of the hidden attention"
+        for name in ("initial_state", "seq_idx", "lengths")
+        if options.get(name) is not None
+    )
+    if getattr(module, "order", None) is not None:
+        notes = (*notes, "the layer orders its tokens: places are those of the sorted sequence")
+    return {
+        "u": u.detach(),
+        "delta": F.softplus(step) if delta_softplus else step,
+        "pre": _linear_part(module, delta.detach(), delta_softplus),
+        "A": _rates(A.detach(), B.shape[1]),
+        "B": B.detach(),
+        "C": C.detach(),
+        "D": None if D is None else D.detach(),
+        "z": None if z is None else z.detach(),
+        "y": y.detach(),
+        "projections": _projections(module),
+        "notes": notes,
+    }
 
 
 def _linear_part(module: Any, delta: Tensor, delta_softplus: bool) -> Tensor | None:
