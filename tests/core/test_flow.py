@@ -146,7 +146,7 @@ def test_wrong_arguments_are_named(case: str) -> None:
 
 
 def test_half_precision_is_refused() -> None:
-    with pytest.raises(OptionError, match="float16"):
+    with pytest.raises(DTypeError, match="float16"):
         tokendyn.flow_rhs(np.ones(3, np.float16), mu=1.0, s_delta=1.0, a=1.0)
 
 
