@@ -101,7 +101,7 @@ def load_rows(source, d, width, tile):
 
 @inner()
 def new_rows(like, count):
-    """Zeros (count, WIDTH) in the dtype of ``like``, from a cache line on: a row is then read from one line, not two."""
+    """Zeros (count, WIDTH) in the dtype of ``like``, from a cache line on: a row then lies in one line, not in two."""
     spare = CACHE_LINE // like.itemsize
     block = np.zeros(count * WIDTH + spare, like.dtype)
     first = (-block.ctypes.data % CACHE_LINE) // like.itemsize
