@@ -22,14 +22,14 @@ def restore_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_process_default", _dispatch._process_default)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
-def test_example_runs(backend: str) -> None:
-    exec(compile(EXAMPLES[backend], f"README.md, {backend} example", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("example", ["numpy", "torch", "jax", "dynamics"])
+def test_example_runs(example: str) -> None:
+    exec(compile(EXAMPLES[example], f"README.md, {example} example", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
-def test_example_is_short(backend: str) -> None:
-    assert len([line for line in EXAMPLES[backend].splitlines() if line.strip()]) <= 14
+@pytest.mark.parametrize("example", ["numpy", "torch", "jax", "dynamics"])
+def test_example_is_short(example: str) -> None:
+    assert len([line for line in EXAMPLES[example].splitlines() if line.strip()]) <= 14
 
 
 def test_support_matrix_is_the_tables() -> None:
