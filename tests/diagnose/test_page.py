@@ -43,10 +43,12 @@ addEventListener("load", () => setTimeout(() => {
   const before = places(); press("+"); press("+"); const zoomed = places(); press("0"); const reset = places();
   const button = document.querySelectorAll("#layers button")[1]; button.focus(); button.click();
   const drawn = [...document.querySelectorAll(".plot svg")];
-  setTimeout(() => {
+  const shapes = () => drawn.map((svg) => svg.querySelectorAll("rect,circle,path").length);
+  const look = (tries) => {
+  if (tries && Math.min(...shapes()) < 2) return setTimeout(look, 100, tries - 1);  // drawn when first seen
   const found = {
     problems, told, zooms: before !== zoomed, resets: before === reset, focusable: document.activeElement.id,
-    plots: drawn.length, shapes: drawn.map((svg) => svg.querySelectorAll("rect,circle,path").length),
+    plots: drawn.length, shapes: shapes(),
     heights: drawn.map((svg) => Math.round(svg.getBoundingClientRect().height)),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     main: document.querySelector("main").getBoundingClientRect().width, chosen: document.getElementById("pick").value,
@@ -54,7 +56,8 @@ addEventListener("load", () => setTimeout(() => {
   };
   const out = document.createElement("script"); out.type = "application/json"; out.id = "found";
   out.textContent = JSON.stringify(found); document.body.append(out);
-  }, 200);
+  };
+  setTimeout(look, 200, 100);
 }, 200));
 </script>
 """
@@ -78,7 +81,7 @@ def _open(page: str, folder: Path, width: int, *flags: str) -> dict[str, Any]:
         "--proxy-server=127.0.0.1:9",  # nothing answers there: what would be fetched fails
         f"--user-data-dir={folder / 'profile'}",
         f"--window-size={width},900",
-        "--virtual-time-budget=4000",
+        "--virtual-time-budget=20000",
         *flags,
         "--dump-dom",
         frame.as_uri(),
