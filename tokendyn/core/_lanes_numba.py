@@ -26,6 +26,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import models, overload, register_model
 
 WIDTH = 16
+#: Bytes.
+CACHE_LINE = 64
 
 
 def intrinsic(make: Callable[..., Any]) -> Any:
@@ -133,6 +135,14 @@ set_row = intrinsic(_writer(WIDTH))
 lanes_at = intrinsic(_reader(1))
 #: ``set_lanes_at(array, place, value)``: write them.
 set_lanes_at = intrinsic(_writer(1))
+
+
+@njit(error_model="numpy")
+def aligned_zeros(count: Any, like: Any) -> Any:
+    """``count`` zeros in the dtype of ``like``, from a cache line on: read by lanes, none then lies in two lines."""
+    block = np.zeros(count + CACHE_LINE // like.itemsize, like.dtype)
+    first = (-block.ctypes.data % CACHE_LINE) // like.itemsize
+    return block[first : first + count]
 
 
 @intrinsic

@@ -22,7 +22,7 @@ from tokendyn.core._flow_numba import (
     space,
     tangent,
 )
-from tokendyn.core._lanes_numba import WIDTH, row, set_row
+from tokendyn.core._lanes_numba import WIDTH, aligned_zeros, row, set_row
 from tokendyn.core._parallel import kernel
 
 
@@ -111,7 +111,7 @@ def _line_member(p, i):
 
 def _line_work(p, tokens):
     size = padded(tokens)
-    return np.zeros(size), np.empty(size), np.empty(size)
+    return aligned_zeros(size, p.sign), aligned_zeros(size, p.sign), aligned_zeros(size, p.sign)
 
 
 def _line_rhs(p, work, tokens, y, dy):

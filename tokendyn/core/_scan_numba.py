@@ -13,6 +13,7 @@ import numpy as np
 
 from tokendyn.core._lanes_numba import (
     WIDTH,
+    aligned_zeros,
     exp,
     fill,
     lanes_at,
@@ -28,8 +29,6 @@ from tokendyn.core._scan import sequence_starts
 
 #: Tokens in a chunk.
 CHUNK = 64
-#: Bytes.
-CACHE_LINE = 64
 
 
 class Arguments(NamedTuple):
@@ -101,11 +100,8 @@ def load_rows(source, d, width, tile):
 
 @inner()
 def new_rows(like, count):
-    """Zeros (count, WIDTH) in the dtype of ``like``, from a cache line on: a row then lies in one line, not in two."""
-    spare = CACHE_LINE // like.itemsize
-    block = np.zeros(count * WIDTH + spare, like.dtype)
-    first = (-block.ctypes.data % CACHE_LINE) // like.itemsize
-    return block[first : first + count * WIDTH].reshape(count, WIDTH)
+    """Zeros (count, WIDTH) in the dtype of ``like``."""
+    return aligned_zeros(count * WIDTH, like).reshape(count, WIDTH)
 
 
 @inner()
