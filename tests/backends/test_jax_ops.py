@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import tokendyn
 from tokendyn.backends.jax.ops import _engines, from_numpy, to_numpy
@@ -372,6 +373,16 @@ def test_spectrum_of_deficient_rank() -> None:
     tangents = jax.jvp(of_rank_two, (L,), (direction,))[1]
     above, below = of_rank_two(L + 1e-6 * direction), of_rank_two(L - 1e-6 * direction)
     np.testing.assert_allclose(tangents, (np.asarray(above) - np.asarray(below)) / 2e-6, rtol=1e-7)
+
+
+def test_the_scan_has_second_derivatives_in_both_modes() -> None:
+    rest = scan_arguments(9, groups=1)
+    x = rest.pop("u"), rest.pop("delta")
+
+    def scan(u: Any, delta: Any) -> Any:
+        return tokendyn.selective_scan(jnp.asarray(u), jnp.asarray(delta), delta_softplus=True, **rest)
+
+    check_grads(scan, x, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
 
 def test_conversions() -> None:
