@@ -61,6 +61,7 @@
       this.box.append(title, note, this.svg, this.legend); host.append(this.box);
       this.reset();
       this.listen();
+      this.draw();
       new ResizeObserver(() => this.draw()).observe(this.svg);
     }
 
