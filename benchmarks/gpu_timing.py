@@ -6,6 +6,7 @@ import importlib
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,11 +81,16 @@ def installed(package: str) -> str | None:
         return None
 
 
+def command() -> str:
+    """The command as it was given, without folders of this machine."""
+    return " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
+
+
 def head(*packages: str) -> dict[str, Any]:
     """What every report says first: command, machine, versions, copy rate."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "tokendyn": tokendyn.__version__}
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "machine": torch.cuda.get_device_name(),
         "versions": versions | {package: installed(package) for package in packages},
         "copy_bytes_per_second": copy_rate(),

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import command
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{100 * slower:+.1f} % time | {memory}"
         )
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "versions": {
             "python": platform.python_version(),

@@ -28,7 +28,8 @@ def support_matrix() -> str:
         gradients = ", ".join(row.differentiable) or "none"
         lines.append(f"| `{row.name}` | " + " | ".join(marks) + f" | {gradients} | {row.source} |")
     dtypes = "; ".join(f"{titles[b.name]}: {', '.join(b.dtypes)}" for b in BACKENDS.values())
-    return "\n".join([*lines, "", f"Dtypes. {dtypes}. Gradients on NumPy: hand-written, in `tokendyn.core`."])
+    exact = "`io_spectrum` and the right-hand sides (`*_flow`, `flow_rhs`): float64 and float32 only"
+    return "\n".join([*lines, "", f"Dtypes. {dtypes}. {exact}. Gradients on NumPy: hand-written, in `tokendyn.core`."])
 
 
 def replaced(text: str) -> str:

@@ -131,7 +131,7 @@ def test_spectrum_where_both_projections_have_one_row_space(regime: str, N: int,
 
 
 def test_free_projections_have_as_many_values_of_either_sign() -> None:
-    """Sylvester's law: math.md, section 4."""
+    """Sylvester's law of inertia."""
     rng = np.random.default_rng(5)
     for N in (1, 3, 8):
         symmetric = core.io_spectrum(*rng.standard_normal((2, N, 2 * N + 3))).symmetric

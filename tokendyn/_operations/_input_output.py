@@ -87,7 +87,11 @@ def io_projections(
     check.expect_floats(name, {"weight_B": weight_B, "weight_C": weight_C, "diagonal": diagonal})
 
 
-@operation(arrays="S_B S_C", differentiable="S_B S_C", source="spec of token dynamics, section 4")
+@operation(
+    arrays="S_B S_C",
+    differentiable="S_B S_C",
+    source="tokendyn; spectra of products and of M + Mᵀ from N x N and 2N x 2N matrices",
+)
 def io_spectrum(S_B: Any, S_C: Any) -> Any:
     """Spectrum of the input-output matrix ``M = S_Cᵀ S_B`` and of its symmetric part.
 

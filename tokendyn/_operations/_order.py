@@ -97,7 +97,7 @@ def softsort(
     _check_order("softsort", scores, x, tau, power)
 
 
-@operation(arrays="scores y", differentiable="scores y", source="tokendyn; math of softsort, transposed")
+@operation(arrays="scores y", differentiable="scores y", source="tokendyn; softsort transposed")
 def softsort_restore(
     scores: Any, y: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True, engine: str = "auto"
 ) -> Any:
@@ -144,7 +144,7 @@ def softsort_matrix(scores: Any, *, tau: float = 1.0, power: float = 1, ascendin
     _check_order("softsort_matrix", scores, None, tau, power)
 
 
-@operation(arrays="scores", differentiable="", source="spec of token dynamics, section 5")
+@operation(arrays="scores", differentiable="", source="tokendyn; inverse participation ratio of the rows of softsort")
 def effective_tokens(scores: Any, *, tau: float = 1.0, power: float = 1, ascending: bool = True) -> Any:
     """How many tokens each row of SoftSort averages: ``1 / Σ_l P_{kl}²``, from 1 (a sort) to L (a mean).
 

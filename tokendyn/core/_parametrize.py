@@ -13,7 +13,7 @@ import numpy as np
 from tokendyn._operations import IOSpectrum
 from tokendyn.core._activations import sigmoid, softplus
 
-#: Added to softplus(D') by the published code; math.md, section 5.
+#: Added to softplus(D') by paper 1's public code.
 PUBLISHED_OFFSET = 0.7
 
 
@@ -72,7 +72,7 @@ def _signs_and_offset(state: int, regime: str, form: str) -> tuple[np.ndarray, f
 
 
 def io_spectrum(S_B: Any, S_C: Any) -> IOSpectrum:
-    """Spec of :func:`tokendyn.io_spectrum`. math.md, section 4."""
+    """Spec of :func:`tokendyn.io_spectrum`."""
     S_B, S_C = np.asarray(S_B, np.float64), np.asarray(S_C, np.float64)
     eigenvalues = np.linalg.eigvals(_small_product(S_B, S_C)).astype(np.complex128)
     order = np.argsort(-eigenvalues.real, kind="stable")
