@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -73,3 +74,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return made.fill_(float("nan")) if made.is_floating_point() else made
 
         monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """JAX without most of XLA's optimisations: for tests whose time is its compilation and whose results do not depend
+    on it."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

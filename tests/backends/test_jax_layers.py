@@ -23,14 +23,7 @@ from tokendyn.errors import CheckpointError, OptionError, RegimeError, ShapeErro
 
 from .layers_reference import randomize, tokens
 
-
-@pytest.fixture(autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Nearly all the time of these tests is XLA's; what they look at does not depend on its optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 TINY = {

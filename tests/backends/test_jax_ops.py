@@ -124,13 +124,7 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-12) -> None:
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * max(scale, 1e-3), (a, b)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Nearly all the time of these tests is XLA's; what they look at does not depend on its optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

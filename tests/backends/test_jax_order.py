@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,13 +16,7 @@ from tokendyn.backends.jax.ops import _laplace, permutation_matrix
 BATCH, LENGTH, CHANNELS = 2, 150, 2  # three blocks of the Laplace kernel
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Nearly all the time of these tests is XLA's; what they look at does not depend on its optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(*shape: int, seed: int) -> Any:

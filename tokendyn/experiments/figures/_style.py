@@ -11,23 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tokendyn import Trajectory
+from tokendyn.experiments._drawing import STYLE
 from tokendyn.experiments._files import write_json, write_with
 
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": "small",
-    "figure.facecolor": "white",
-    "svg.hashsalt": "tokendyn",
-    "svg.fonttype": "none",
-}
+_STYLE: dict[Any, Any] = STYLE | {"legend.fontsize": "small"}
 
 Drawn = tuple[Figure, dict[str, Any]]
 
@@ -101,4 +88,4 @@ def plain(value: Any) -> Any:
 
 def styled() -> Any:
     """The style as a context."""
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(_STYLE)

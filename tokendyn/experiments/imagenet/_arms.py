@@ -7,12 +7,12 @@ On a command line an arm is a name, or a name with changes: ``sorted``, ``sorted
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from tokendyn._layers import OrderConfig
 from tokendyn.errors import OptionError
+from tokendyn.experiments._arms import find_arm, read_changes
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,14 @@ def resolve_arm(text: str) -> Arm:
     Raises:
         OptionError: an unknown name or field, or a value that the field does not take.
     """
-    name, _, changes = text.partition(":")
-    if name not in ARMS:
-        close = difflib.get_close_matches(name, ARMS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise OptionError(f"--arms: unknown arm {name!r}{hint}; the arms are {', '.join(ARMS)}")
-    arm = ARMS[name]
+    name, arm, changes = find_arm(text, ARMS)
     if not changes:
         return arm
     if arm.order is None:
         raise OptionError(f"--arms: {text!r} changes {name}, which orders nothing; change another arm")
     known = {field.name: getattr(arm.order, field.name) for field in dataclasses.fields(arm.order)}
     known["final_tau"] = arm.order.tau if arm.final_tau is None else arm.final_tau
-    given = {}
-    for change in changes.split(","):
-        key, equals, value = change.partition("=")
-        if key not in known or not equals:
-            raise OptionError(
-                f"--arms: {change!r} in {text!r} is no change; expected FIELD=VALUE of {', '.join(known)}"
-            )
-        given[key] = _as_type_of(known[key], value, text)
+    given = {key: _as_type_of(known[key], value, text) for key, value in read_changes(changes, known, text).items()}
     final_tau = given.pop("final_tau", arm.final_tau)
     return Arm(dataclasses.replace(arm.order, **given), final_tau)
 

@@ -7,12 +7,12 @@ On a command line an arm is a name, or a name with changes: ``positive``, ``posi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from typing import Any
 
 from tokendyn.backends.torch.models import H3LM, LanguageModel, MambaLM, TransformerLM
 from tokendyn.errors import OptionError
+from tokendyn.experiments._arms import find_arm, read_changes
 
 
 def _regime(regime: str, form: str) -> dict[str, Any]:
@@ -53,23 +53,12 @@ def resolve_arm(text: str, common: dict[str, Any]) -> tuple[type[LanguageModel[A
     Raises:
         OptionError: an unknown name or field, or a value that the field does not take.
     """
-    name, _, changes = text.partition(":")
-    if name not in ARMS:
-        close = difflib.get_close_matches(name, ARMS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise OptionError(f"--arms: unknown arm {name!r}{hint}; the arms are {', '.join(ARMS)}")
-    kind, own = ARMS[name]
+    _, (kind, own), changes = find_arm(text, ARMS)
     hints = typing.get_type_hints(kind.config_type)
     fields = [field.name for field in dataclasses.fields(kind.config_type)]
     options = {key: value for key, value in common.items() if key in fields} | own
-    for change in filter(None, changes.split(",")):
-        key, equals, value = change.partition("=")
-        if key not in fields or not equals:
-            raise OptionError(
-                f"--arms: {change!r} in {text!r} is no change; expected FIELD=VALUE of {', '.join(fields)}"
-            )
-        options[key] = _as_type(hints[key], value, text)
-    return kind, options
+    given = read_changes(changes, fields, text)
+    return kind, options | {key: _as_type(hints[key], value, text) for key, value in given.items()}
 
 
 def _as_type(hint: Any, value: str, text: str) -> Any:
