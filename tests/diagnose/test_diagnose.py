@@ -490,6 +490,8 @@ def test_a_real_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert layer["attention"]["reconstruction"] < 1e-5
         assert layer["regime"]["kind"] == "divergence"
         _dense_check(spectrum, *model.layer(layer["name"]).io_matrices())  # type: ignore[operator]
+        assert layer["tokens"] is layer["tokens_in"] is None  # side by side: there is no residual stream
+    assert [finding["severity"] for finding in content["findings"]] == ["note"] * len(content["findings"])
     largest = [layer["spectrum"]["largest"] for layer in content["layers"]]
     assert largest[0] == pytest.approx(0.66, abs=0.005)
     assert largest[5] == pytest.approx(4.92, abs=0.005)

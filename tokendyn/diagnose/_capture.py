@@ -126,6 +126,7 @@ class Site:
     family: str
     watch: Callable[[Callable[..., None]], Callable[[], None]]
     block: nn.Module | None = None
+    in_stream: bool = True  # False if the layer stands alone, with no residual stream to measure
     pending: list[Capture] = field(default_factory=list)
     seconds: float = 0.0  # taken by making captures
 
@@ -167,7 +168,8 @@ def _watch(site: Site, receive: Callable[[Capture], Any]) -> Callable[[], None]:
         measuring = _measuring.set(True)
         try:
             for capture in site.pending:
-                capture.tokens_in, capture.tokens_out = before, leaving
+                if site.in_stream:
+                    capture.tokens_in, capture.tokens_out = before, leaving
                 receive(capture)
         finally:
             _measuring.reset(measuring)

@@ -14,15 +14,10 @@ def save_pictures(content: dict[str, Any], folder: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
     layers = content["layers"]
-    return [
-        draw(layers, folder / f"{name}.png")
-        for name, draw in (
-            ("regimes", _regimes),
-            ("tokens", _tokens),
-            ("attention", _attention),
-            ("spectra", _spectra),
-        )
-    ]
+    drawn = {"regimes": _regimes, "attention": _attention, "spectra": _spectra}
+    if any(layer["tokens"] for layer in layers):
+        drawn["tokens"] = _tokens
+    return [draw(layers, folder / f"{name}.png") for name, draw in drawn.items()]
 
 
 def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4)) -> tuple[Any, Any]:

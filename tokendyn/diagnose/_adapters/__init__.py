@@ -11,6 +11,7 @@ from torch import nn
 
 from tokendyn.diagnose._adapters import _mixer, _scan_calls
 from tokendyn.diagnose._capture import Site
+from tokendyn.diagnose._load import ProjectedLayers
 
 _FINDERS = (_scan_calls.find, _mixer.find)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -28,6 +29,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     for site in sites:
         site.block = _block(site.module, parents, mixers)
+        site.in_stream = not isinstance(parents.get(site.module), ProjectedLayers)
     return sites
 
 

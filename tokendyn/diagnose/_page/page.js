@@ -230,12 +230,14 @@
       new Plot(host, { title: "How fast tokens grow", note: "Relative growth of a token's norm in one unit of time, dx/dt = P x: 5 %, median and 95 % over tokens.", labels: true, xLabel: "layer", yLabel: "rate", series: [
         { name: "95 %", colour: "fast", thin: true, x: depth, y: over("regime", "rate", "p95") }, { name: "median", colour: "ink", x: depth, y: over("regime", "rate", "median") }, { name: "5 %", colour: "shrink", thin: true, x: depth, y: over("regime", "rate", "p05") }] });
     }
-    new Plot(host, { title: "Tokens over depth", note: "Mean cosine of two tokens, and of a token with the first, in the residual stream after each block: 1 is collapse.", labels: true, xLabel: "layer", yLabel: "cosine", series: [
-      { name: "any two", colour: "accent", x: depth, y: over("tokens", "cosine") }, { name: "with the first", colour: "slow", dashed: true, x: depth, y: over("tokens", "cosine_with_first") }] });
-    new Plot(host, { title: "Effective rank and clusters", note: "exp of the entropy of the tokens' singular values; clusters of tokens with a cosine above 0.95.", labels: true, log: true, xLabel: "layer", yLabel: "number", series: [
-      { name: "effective rank", colour: "accent", x: depth, y: over("tokens", "effective_rank") }, { name: "clusters", colour: "other", dashed: true, x: depth, y: over("tokens", "clusters") }] });
-    new Plot(host, { title: "Token norms", note: "In the residual stream after each block.", labels: true, log: true, xLabel: "layer", yLabel: "norm", series: [
-      { name: "95 %", colour: "fast", thin: true, x: depth, y: over("tokens", "norm", "p95") }, { name: "median", colour: "ink", x: depth, y: over("tokens", "norm", "median") }, { name: "5 %", colour: "shrink", thin: true, x: depth, y: over("tokens", "norm", "p05") }] });
+    if (layers.some((layer) => layer.tokens)) {
+      new Plot(host, { title: "Tokens over depth", note: "Mean cosine of two tokens, and of a token with the first, in the residual stream after each block: 1 is collapse.", labels: true, xLabel: "layer", yLabel: "cosine", series: [
+        { name: "any two", colour: "accent", x: depth, y: over("tokens", "cosine") }, { name: "with the first", colour: "slow", dashed: true, x: depth, y: over("tokens", "cosine_with_first") }] });
+      new Plot(host, { title: "Effective rank and clusters", note: "exp of the entropy of the tokens' singular values; clusters of tokens with a cosine above 0.95.", labels: true, log: true, xLabel: "layer", yLabel: "number", series: [
+        { name: "effective rank", colour: "accent", x: depth, y: over("tokens", "effective_rank") }, { name: "clusters", colour: "other", dashed: true, x: depth, y: over("tokens", "clusters") }] });
+      new Plot(host, { title: "Token norms", note: "In the residual stream after each block.", labels: true, log: true, xLabel: "layer", yLabel: "norm", series: [
+        { name: "95 %", colour: "fast", thin: true, x: depth, y: over("tokens", "norm", "p95") }, { name: "median", colour: "ink", x: depth, y: over("tokens", "norm", "median") }, { name: "5 %", colour: "shrink", thin: true, x: depth, y: over("tokens", "norm", "p05") }] });
+    }
     new Plot(host, { title: "Step sizes Δ", note: "Over tokens and channels.", labels: true, log: true, xLabel: "layer", yLabel: "Δ", series: [
       { name: "greatest", colour: "fast", thin: true, x: depth, y: over("memory", "delta", "max") }, { name: "median", colour: "ink", x: depth, y: over("memory", "delta", "median") }, { name: "5 %", colour: "shrink", thin: true, x: depth, y: over("memory", "delta", "p05") }] });
     new Plot(host, { title: "Memory", note: "Horizon 1/(|A| Δ) in tokens: how long until a token has decayed to 1/e.", labels: true, log: true, xLabel: "layer", yLabel: "tokens", series: [
