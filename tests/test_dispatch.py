@@ -307,6 +307,21 @@ def test_an_operation_that_a_backend_lacks_says_who_has_it() -> None:
         _dispatch.implementation("f", ("numpy", "torch"), "jax")
 
 
+def test_constructors_stand_for_their_classes() -> None:
+    from tokendyn.errors import CheckpointError
+
+    with tokendyn.backend("torch"):
+        model = tokendyn.MambaLM(vocab_size=5, d_model=4, n_layer=1)
+        assert isinstance(model, tokendyn.MambaLM)
+        assert not isinstance(model, tokendyn.Mamba)
+        with pytest.raises(CheckpointError, match=r"/nope holds no config\.json"):
+            tokendyn.MambaLM.from_pretrained("/nope")
+    assert isinstance(model, tokendyn.MambaLM)  # whatever backend is current
+    assert "tokendyn.torch.MambaLM" in str(tokendyn.MambaLM.__doc__)
+    with pytest.raises(NotImplementedForBackend, match=r"tokendyn\.use\('torch'\)"):
+        _ = tokendyn.MambaLM.from_pretrained
+
+
 def test_constructors_follow_the_choice_and_say_where_they_are() -> None:
     with pytest.raises(NotImplementedForBackend, match=r"Mamba .*'numpy'.*tokendyn\.use\('torch'\)"):
         tokendyn.Mamba(d_model=8)

@@ -169,11 +169,9 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         return importlib.import_module(f"tokendyn.{name}")
     elif name in _CONSTRUCTORS:
-        import functools
+        from tokendyn._layers import Constructor
 
-        from tokendyn._layers import construct
-
-        value = functools.partial(construct, name)
+        value = Constructor(name)
     else:
         raise AttributeError(f"module 'tokendyn' has no attribute {name!r}")
     globals()[name] = value

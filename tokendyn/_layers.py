@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -85,19 +86,42 @@ class OrderConfig:
         return cls.published() if value == "published" else cls(method=value)  # type: ignore[arg-type]
 
 
-def construct(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Make layer ``name`` on the current backend.
+class Constructor:
+    """``tokendyn.NAME``: the class or function NAME of the current backend, which is looked up when it is used."""
 
-    Raises:
-        NotImplementedForBackend: the current backend has no such layer.
-        BackendMissing, BackendBroken: see :mod:`tokendyn.errors`.
-    """
-    chosen = current_backend()
-    if chosen not in CONSTRUCTORS[name]:
-        choices = " or ".join(f"tokendyn.use({b!r})" for b in CONSTRUCTORS[name])
-        raise NotImplementedForBackend(
-            f"{name} is not implemented for the current backend {chosen!r}; choose another with {choices}, "
-            f"or name it: tokendyn.{CONSTRUCTORS[name][0]}.{name}"
-        )
-    load_backend(chosen)
-    return getattr(importlib.import_module(f"tokendyn.{chosen}"), name)(*args, **kwargs)
+    def __init__(self, name: str) -> None:
+        self.__name__ = self.__qualname__ = name
+        self.__doc__ = f"``{name}`` of the current backend; see ``tokendyn.{CONSTRUCTORS[name][0]}.{name}``."
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the layer or model.
+
+        Raises:
+            NotImplementedForBackend: the current backend has no such layer.
+            BackendMissing, BackendBroken: see :mod:`tokendyn.errors`.
+        """
+        return self._of_current_backend()(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(self._of_current_backend(), attribute)
+
+    def __instancecheck__(self, value: object) -> bool:
+        """Whether ``value`` is of this class on any backend in use."""
+        loaded = (sys.modules.get(f"tokendyn.{backend}") for backend in CONSTRUCTORS[self.__name__])
+        return any(isinstance(value, getattr(module, self.__name__)) for module in loaded if module is not None)
+
+    def __repr__(self) -> str:
+        return f"<tokendyn.{self.__name__}, of the current backend>"
+
+    def _of_current_backend(self) -> Any:
+        name, chosen = self.__name__, current_backend()
+        if chosen not in CONSTRUCTORS[name]:
+            choices = " or ".join(f"tokendyn.use({b!r})" for b in CONSTRUCTORS[name])
+            raise NotImplementedForBackend(
+                f"{name} is not implemented for the current backend {chosen!r}; choose another with {choices}, "
+                f"or name it: tokendyn.{CONSTRUCTORS[name][0]}.{name}"
+            )
+        load_backend(chosen)
+        return getattr(importlib.import_module(f"tokendyn.{chosen}"), name)
