@@ -1,0 +1,72 @@
+"""The documentation is true: the Python on every page runs, from top to bottom, and what it asserts holds.
+
+A page's blocks share one namespace. What a block needs but no reader wants to see (a folder, a small model) stands in a
+comment of the page, ``<!-- runs first ... -->``, and is run in its place.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokendyn import _dispatch
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(
+    path.relative_to(DOCS).as_posix()
+    for path in DOCS.rglob("*.md")
+    if not any(part.startswith("_") for part in path.relative_to(DOCS).parts)
+)
+CODE = re.compile(r"^(?:```python|<!-- runs first)\n(.*?)^(?:```|-->)$", re.DOTALL | re.MULTILINE)
+MENTION = re.compile(r"^\s*[`~:]{3,}\s*(?:\{[\w-]+\}\s*)?(?:python|py|pycon)\b|<!-- runs first", re.MULTILINE)
+#: Packages that a page uses and an installation may lack.
+OPTIONAL = ("torch", "jax", "flax", "safetensors", "matplotlib", "sklearn", "transformers")
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An empty folder, the default backend, and no figure left open."""
+    monkeypatch.setattr(_dispatch, "_process_default", _dispatch._process_default)
+    monkeypatch.chdir(tmp_path)
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
+def source(page: str) -> str:
+    """The code of a page, each line at its line number on the page, so that a traceback points into it."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    lines = [""] * (text.count("\n") + 1)
+    for block in CODE.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        for i, line in enumerate(block[1].splitlines()):
+            lines[first + i] = line
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if source(page).strip()])
+def test_code_runs(page: str) -> None:
+    code = source(page)
+    for package in OPTIONAL:
+        if re.search(rf"^\s*(?:import|from) {package}\b", code, re.MULTILINE):
+            pytest.importorskip(package)
+    exec(compile(code, str(DOCS / page), "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_is_missed(page: str) -> None:
+    """Indented blocks, other fences and other names of the language would not be found, hence not run."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert len(CODE.findall(text)) == len(MENTION.findall(text))
+
+
+def test_a_wrong_page_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "wrong.md").write_text("# Title\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    monkeypatch.setattr(sys.modules[__name__], "DOCS", tmp_path)
+    with pytest.raises(AssertionError) as raised:
+        test_code_runs("wrong.md")
+    assert raised.traceback[-1].lineno + 1 == 8  # counted on the page
