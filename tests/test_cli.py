@@ -46,24 +46,47 @@ def test_commas_and_small_negative_numbers(capsys: pytest.CaptureFixture[str]) -
 def test_simulate_prints_times_and_events(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *FAST, "--t-end", "7", "--times", "0", "0.2", "1", "6.5"]) == 0
     out = capsys.readouterr().out
-    assert "token 2 blows up" in out
+    assert "token 3 blows up" in out
     assert "-inf" in out
     assert main(["simulate", *FAST, "--t-end", "7", "--times=0,1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["times"] == [0, 1]
     assert found["tokens"][1][2] is None
-    assert found["events"][0].endswith("token 2 blows up")
+    assert found["events"][0].endswith("token 3 blows up")
 
 
 def test_problems_in_files_and_on_the_sphere(plane: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", "--problem", plane]) == 0
     assert "convergence" in capsys.readouterr().out
     assert main(["simulate", "--problem", plane, "--t-end", "5", "--sphere"]) == 0
-    assert "⟨x_1, x_0⟩" in capsys.readouterr().out
+    assert "⟨x_2, x_1⟩" in capsys.readouterr().out
     assert main(["classify", "--problem", plane, "--sphere"]) == 0
     assert "case B" in capsys.readouterr().out
     assert main(["classify", "--problem", plane, "--sphere", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["case"] == "B"
+
+
+def test_tables_words_events_and_plots_number_tokens_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first token is token 1 wherever one is named; arrays are indexed from 0."""
+    pytest.importorskip("matplotlib")
+    import matplotlib.figure
+
+    from tokendyn import classify, simulate
+
+    problem = {"mu": 1.0, "s_delta": 0.7, "a": 1.0, "x0": [0.3, -1.0, 1.2]}
+    regime, trajectory = classify(**problem), simulate(**problem, t_end=1.0)
+    last = int(np.argmin(trajectory.ended_at))
+    assert last == 2
+    assert f"token {last + 1} blows up" in str(trajectory.events[0])
+    assert trajectory.events[0].index == last
+    axes = trajectory.plot(matplotlib.figure.Figure().add_subplot())
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:3] == ["token 1", "token 2", "token 3"]
+    assert np.isfinite(regime.constants[[0, 2]]).all()
+    assert "x_1 = 0.21" in regime.explain()  # S_Δ x_1, the first that can blow up by itself
+    assert main(["classify", *FAST]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "blow-up" in line]
+    assert rows[:3] == [["1", "0.3"], ["2", "-1"], ["3", "1.2"]]
 
 
 def test_problem_from_stdin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

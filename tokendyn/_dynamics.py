@@ -55,8 +55,9 @@ def simulate(
     ``t_end=1e32`` costs a few hundred steps; on the line the integrator holds ln|x_l|, so that tokens keep their
     signs and all their digits. A blow-up is not a failure: time is rescaled so that it lies at infinity, and its
     moment is found to about ``rtol``. The dynamics is triangular: when token l blows up, tokens l and later end with
-    it, for their equations hold token l, and those before it go on (see :class:`tokendyn.Trajectory`). Where a
-    step size per channel makes the problem stiff, an implicit method (SciPy's Radau) takes over.
+    it, for their equations hold token l, and those before it go on (see :class:`tokendyn.Trajectory`). In words and
+    formulas token 1 is the first, as in the papers; arrays are indexed from 0. Where a step size per channel makes
+    the problem stiff, an implicit method (SciPy's Radau) takes over.
 
     PyTorch tensors and JAX arrays go through torchdiffeq and diffrax instead, and the tokens returned can be
     differentiated with respect to x0 and every parameter. There a blow-up before t_end is an error (under ``jax.jit``

@@ -87,9 +87,9 @@ def test_margin_is_the_smallest_change_that_changes_the_kind() -> None:
 
 
 def test_boundaries_are_named() -> None:
-    assert classify(mu=0.0, s_delta=0.0, a=1.0, x0=[1.0, 0.0]).boundaries == ("μ = 0", "S_Δ = 0", "x_1 = 0")
+    assert classify(mu=0.0, s_delta=0.0, a=1.0, x0=[1.0, 0.0]).boundaries == ("μ = 0", "S_Δ = 0", "x_2 = 0")
     near = classify(mu=1.0, s_delta=1.0, a=1.0, x0=[1.0, -1e-12])
-    assert near.boundaries == ("S_Δ x_1 = -1e-12 is within 1e-09 of 0",)
+    assert near.boundaries == ("S_Δ x_2 = -1e-12 is within 1e-09 of 0",)
     assert "boundary" in near.explain()
     assert classify(mu=1.0, s_delta=1.0, a=1.0, x0=[1.0, -1e-12], tolerance=0.0).boundaries == ()
 
@@ -157,14 +157,14 @@ def test_blow_up_follows_its_law(s_delta: float, exponent: float) -> None:
     constant = np.exp(np.mean(np.log(sizes[window]) - exponent * np.log(left)))
     if s_delta:
         assert constant == pytest.approx(regime.constants[l], rel=1e-3)
-    else:  # token 0 is in front of it, so no constant is promised
+    else:  # token 1 is in front of it, so no constant is promised
         assert regime.constants[l] == np.inf
 
 
 def test_only_the_diagonal_of_the_hidden_attention_diverges() -> None:
     regime = classify(mu=1.0, s_delta=0.7, a=1.0, x0=[0.3, -1.0, 1.2])
     law, limits = regime.attention_limit()
-    assert "token 2" in law
+    assert "token 3" in law
     np.testing.assert_array_equal(limits[2], [0, 0, np.inf])
     trajectory = simulate(mu=1.0, s_delta=0.7, a=1.0, x0=[0.3, -1.0, 1.2], t_end=1.0)
     last = np.flatnonzero(trajectory.alive.all(axis=1))[-1]
@@ -305,7 +305,7 @@ def test_stationary_tokens_in_space() -> None:
     assert regime.boundaries
     flat = classify(M=np.eye(2), s_delta=[0.3, -0.3], a=1.0, x0=[[1.0, 1.0]])
     assert (flat.kind, flat.margin) == ("fast divergence", 0.0)
-    assert flat.boundaries == ("|S_Δ x_0| = 0 is within 1e-09 of 0",)
+    assert flat.boundaries == ("|S_Δ x_1| = 0 is within 1e-09 of 0",)
     zero = classify(M=-np.eye(2), s_delta=[0.3, 0.2], a=1.0, x0=[[0.0, 0.0], [1.0, 1.0]])
     assert zero.fates == ("stationary", "convergence")
-    assert zero.boundaries == ("x_0 = 0",)
+    assert zero.boundaries == ("x_1 = 0",)

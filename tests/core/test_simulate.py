@@ -164,7 +164,7 @@ def test_tokens_before_a_blow_up_live_on() -> None:
     trajectory = simulate(mu=1.0, s_delta=0.7, a=1.0, x0=[0.3, -1.0, 1.2], t_end=10.0, times=times)
     assert trajectory.ended_at == pytest.approx([6.2013, 6.2013, 0.21271], abs=6e-5)
     assert trajectory.ended_by.tolist() == [0, 0, 2]
-    assert [(event.kind, event.token) for event in trajectory.events] == [("blow-up", 2), ("blow-up", 0), ("ended", 1)]
+    assert [(event.kind, event.index) for event in trajectory.events] == [("blow-up", 2), ("blow-up", 0), ("ended", 1)]
     np.testing.assert_array_equal(trajectory.alive.sum(axis=0), [5, 5, 3])
     np.testing.assert_array_equal(np.isfinite(trajectory.tokens), trajectory.alive)
     np.testing.assert_array_equal(trajectory.tokens[-1], [np.inf, -np.inf, np.inf])
@@ -354,8 +354,8 @@ def test_tokens_off_the_sphere_are_named() -> None:
 def test_it_prints_what_happened() -> None:
     text = str(simulate(mu=1.0, s_delta=0.7, a=1.0, x0=[0.3, -1.0, 1.2], t_end=10.0))
     assert "all tokens ended" in text
-    assert "token 2 blows up" in text
-    assert "token 1 ends with token 0" in text
+    assert "token 3 blows up" in text
+    assert "token 2 ends with token 1" in text
     assert tokendyn.Trajectory.__name__ == "Trajectory"
 
 

@@ -28,6 +28,7 @@ _EXAMPLES = """examples:
 
 A problem file is JSON with the arguments of tokendyn.simulate by name, for example
   {"M": [[-1, 0.4], [0, -0.6]], "s_delta": [[0.4, -0.3], [0.2, 0.5]], "a": 1, "x0": [[1, 0.5], [-0.6, 1.1]]}
+Token 1 is the first, in tables, words and pictures.
 Numbers such as -1e-3 are given with commas and an equals sign: --x0=0.3,-1e-3,1.2"""
 
 

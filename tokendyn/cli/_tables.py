@@ -56,7 +56,7 @@ def regime_table(regime: Regime) -> str:
     rows = []
     for l, x in enumerate(regime.problem["x0"]):
         start = _number(x) if laws else "(" + ", ".join(map(_number, x)) + ")"
-        row = [str(l), start, regime.fates[l], CERTAINTIES[regime.certainty_codes[l]]]
+        row = [str(l + 1), start, regime.fates[l], CERTAINTIES[regime.certainty_codes[l]]]
         if laws:
             numbers = (regime.rates[l], regime.constants[l], regime.time_scales[l], regime.blow_up_bounds[l])
             row += [_number(value) for value in numbers]
@@ -85,7 +85,7 @@ def regime_json(regime: Regime) -> dict[str, Any]:
 def sphere_table(regime: SphereRegime) -> str:
     """A row a token, and the regime in words."""
     rows = [
-        [str(l), {1: "+", -1: "-", 0: "?"}[int(sign)], _number(rate), _number(decay)]
+        [str(l + 1), {1: "+", -1: "-", 0: "?"}[int(sign)], _number(rate), _number(decay)]
         for l, (sign, rate, decay) in enumerate(zip(regime.signs, regime.rates, regime.decay, strict=True))
     ]
     table = _table(["token", "sign of the limit", "own rate", "rate of approach"], rows)
@@ -105,19 +105,19 @@ def sphere_json(regime: SphereRegime) -> dict[str, Any]:
 
 
 def trajectory_table(trajectory: Trajectory) -> str:
-    """What happened, and the tokens at some times: of vectors their norms, on the sphere cosines with token 0."""
+    """What happened, and the tokens at some times: of vectors their norms, on the sphere cosines with token 1."""
     count = len(trajectory)
     shown = np.unique(np.linspace(0, count - 1, min(count, _ROWS)).astype(int))
     values = trajectory.tokens
-    names = [f"x_{l}" for l in range(values.shape[1])]
+    names = [f"x_{l + 1}" for l in range(values.shape[1])]
     if not trajectory.one_channel:
         with np.errstate(invalid="ignore"):
             if trajectory.sphere:
                 values = (values * values[:, :1]).sum(axis=-1)
-                names = [f"⟨x_{l}, x_0⟩" for l in range(values.shape[1])]
+                names = [f"⟨x_{l + 1}, x_1⟩" for l in range(values.shape[1])]
             else:
                 values = np.linalg.norm(values, axis=-1)
-                names = [f"|x_{l}|" for l in range(values.shape[1])]
+                names = [f"|x_{l + 1}|" for l in range(values.shape[1])]
     columns = min(len(names), 8)
     header = ["t", *names[:columns], *(["…"] if len(names) > columns else [])]
     rows = []

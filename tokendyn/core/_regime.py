@@ -225,12 +225,12 @@ class Regime:
             limits = np.zeros((length, length))
             first = int(np.flatnonzero(x0)[0])
             limits[:, first] = np.nan_to_num(self.ratios())
-            return f"t · |S_Δ| |x_{first}| · P → these limits", limits
+            return f"t · |S_Δ| |x_{first + 1}| · P → these limits", limits
         ends = int(np.argmin(self.blow_up_bounds))
         limits = np.where(lower > 0, np.nan, 0.0)
         limits[ends, :ends] = 0.0
         limits[ends, ends] = np.inf
-        return f"P → these limits as token {ends} blows up, if it is the first to; NaN: not known", limits
+        return f"P → these limits as token {ends + 1} blows up, if it is the first to; NaN: not known", limits
 
     # -------------------------------------------------------------------------------------------------- the rest
 

@@ -88,7 +88,7 @@ def _classify_one(x0: np.ndarray, parameters: dict[str, Any], tolerance: float) 
         trajectory = _look(x0, parameters, fates)
         open_tokens = np.flatnonzero(known == SIMULATED)
         notes.append(
-            f"Tokens {', '.join(map(str, open_tokens))} are not covered by a proof: a simulation to t = "
+            f"Tokens {', '.join(map(str, open_tokens + 1))} are not covered by a proof: a simulation to t = "
             f"{trajectory.stopped_at:.3g} shows {', '.join(FATES[fates[l]] for l in open_tokens)}."
         )
         margin = 0.0
@@ -117,9 +117,9 @@ def _symmetric(S_B: np.ndarray, S_C: np.ndarray) -> bool:
 def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -> tuple[int, str, tuple[str, float]]:
     """Fate of token 1, why, and the nearest boundary: ``x_1ᵀ M x_1 / |x_1|² = 0`` or, with one Δ, ``S_Δ x_1 = 0``."""
     form = float((p.S_C @ x) @ (p.S_B @ x)) / float(x @ x)
-    boundary = "x_0ᵀ M x_0 / |x_0|²", abs(form)
+    boundary = "x_1ᵀ M x_1 / |x_1|²", abs(form)
     if form == 0:
-        return STATIONARY, "Token 0 stays where it is, since x_0ᵀ M x_0 = 0.", boundary
+        return STATIONARY, "Token 1 stays where it is, since x_1ᵀ M x_1 = 0.", boundary
     if shared:
         pull = float(p.S_delta[0] @ x)
         if form < 0:
@@ -129,11 +129,11 @@ def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -
         else:
             fate, speed = FAST, "blows up in finite time"
         if form > abs(pull):
-            boundary = "S_Δ x_0", abs(pull)
+            boundary = "S_Δ x_1", abs(pull)
         return (
             fate,
-            f"Token 0 keeps its direction, for Δ is shared by the channels, and {speed}: it is a token of the line "
-            f"with μ = x_0ᵀ M x_0 / |x_0|² = {form:.4g} (derived).",
+            f"Token 1 keeps its direction, for Δ is shared by the channels, and {speed}: it is a token of the line "
+            f"with μ = x_1ᵀ M x_1 / |x_1|² = {form:.4g} (derived).",
             boundary,
         )
     present = x != 0
@@ -143,15 +143,15 @@ def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -
     if high < 0 or ((oriented <= 0).all() and (np.diag(oriented) < 0).all()):
         return (
             CONVERGENCE,
-            "Token 0 goes to 0, for xᵀ M x < 0 in its whole orthant, which it does not leave (derived).",
+            "Token 1 goes to 0, for xᵀ M x < 0 in its whole orthant, which it does not leave (derived).",
             boundary,
         )
     if low > 0 or ((oriented >= 0).all() and (np.diag(oriented) > 0).all()):
-        text = "Token 0 goes to infinity, for xᵀ M x > 0 in its whole orthant (derived); how fast is simulated."
+        text = "Token 1 goes to infinity, for xᵀ M x > 0 in its whole orthant (derived); how fast is simulated."
         return UNDECIDED, text, boundary
     direction = "shrinks" if form < 0 else "grows"
     text = (
-        f"Token 0 {direction} at first, x_0ᵀ M x_0 / |x_0|² = {form:.4g}; as Δ differs between channels its direction "
+        f"Token 1 {direction} at first, x_1ᵀ M x_1 / |x_1|² = {form:.4g}; as Δ differs between channels its direction "
         f"turns and the sign may change, so this proves nothing about the end."
     )
     return UNDECIDED, text, boundary

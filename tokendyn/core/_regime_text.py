@@ -18,14 +18,14 @@ def boundaries(regime: Regime) -> tuple[str, ...]:
     x0, near = regime.problem["x0"], regime.tolerance
     found = []
     if not regime.one_channel:
-        found += [f"x_{l} = 0" for l in np.flatnonzero(~x0.any(axis=-1))]
+        found += [f"x_{l + 1} = 0" for l in np.flatnonzero(~x0.any(axis=-1))]
         return (*found, *(note.removeprefix("boundary: ") for note in regime.notes if note.startswith("boundary: ")))
     mu, s_delta = float(regime.problem["mu"]), float(regime.problem["s_delta"])
     if abs(mu) <= near:
         found.append("μ = 0" if mu == 0 else f"μ = {mu:.3g} is within {near:.3g} of 0")
     if s_delta == 0:
         found.append("S_Δ = 0")
-    for l, x in enumerate(x0):
+    for l, x in enumerate(x0, start=1):
         if x == 0:
             found.append(f"x_{l} = 0")
         elif abs(s_delta * x) <= near and s_delta != 0:
@@ -38,7 +38,7 @@ def explain(regime: Regime) -> str:
     if regime.one_channel:
         parts = _line(regime)
     else:
-        fates = ", ".join(f"{l}: {fate}" for l, fate in enumerate(regime.fates))
+        fates = ", ".join(f"{l}: {fate}" for l, fate in enumerate(regime.fates, start=1))
         parts = [f"Regime: {regime.kind}. Tokens {fates}."]
         parts += [note for note in regime.notes if not note.startswith("boundary: ")]
     if regime.boundaries:
@@ -75,22 +75,22 @@ def _line(regime: Regime) -> list[str]:
     first = int(np.argmax(regime.fate_codes == FAST))
     bound = float(regime.blow_up_bounds[-1])
     law = f"(2 μ Δ₀ (T - t))^(-1/2), Δ₀ = {step:.4g}" if s_delta == 0 else "(3 μ |S_Δ| (T - t))^(-1/3)"
-    cause = "S_Δ = 0" if s_delta == 0 else f"S_Δ x_{first} = {s_delta * x0[first]:.4g} > 0"
+    cause = "S_Δ = 0" if s_delta == 0 else f"S_Δ x_{first + 1} = {s_delta * x0[first]:.4g} > 0"
     parts = [
-        f"Regime: fast divergence (Theorem 4.4), since μ = {mu:.4g} > 0 and {cause}: tokens from {first} on go to "
+        f"Regime: fast divergence (Theorem 4.4), since μ = {mu:.4g} > 0 and {cause}: tokens from {first + 1} on go to "
         f"infinity in finite time, the first of them before t = {bound:.6g}, like {law}."
     ]
     if first:
         parts.append(
-            f"Tokens before {first} do not feel it (the system is triangular) and diverge slowly, like ln t (Lemma "
+            f"Tokens before {first + 1} do not feel it (the system is triangular) and diverge slowly, like ln t (Lemma "
             f"4.2)."
         )
     else:
-        parts.append(f"Token 0 blows up at exactly T = {regime.blow_up_time:.9g}.")
+        parts.append(f"Token 1 blows up at exactly T = {regime.blow_up_time:.9g}.")
     parts.append(
         "When a token blows up so does every later one that is not 0 (some so slowly that no simulation sees it), and "
         "of its row of the hidden attention only the diagonal diverges: P_lq → 0 for q < l, against the second half "
-        "of Theorem 4.4. Tokens are counted from 0."
+        "of Theorem 4.4. Tokens are counted from 1."
     )
     return parts
 

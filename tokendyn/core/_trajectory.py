@@ -18,26 +18,27 @@ class Event:
         time: when.
         kind: ``"blow-up"``: the token went to infinity; ``"ended"``: an earlier token did, which this token's
             equation holds.
-        token: index of the token.
+        index: where the token stands in arrays, from 0: token 1 has index 0.
         cause: index of the token that blew up.
     """
 
     time: float
     kind: str
-    token: int
+    index: int
     cause: int
 
     def __str__(self) -> str:
         if self.kind == "blow-up":
-            return f"t = {self.time:.9g}: token {self.token} blows up"
-        return f"t = {self.time:.9g}: token {self.token} ends with token {self.cause}"
+            return f"t = {self.time:.9g}: token {self.index + 1} blows up"
+        return f"t = {self.time:.9g}: token {self.index + 1} ends with token {self.cause + 1}"
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """Tokens over depth; made by :func:`tokendyn.simulate` and :func:`tokendyn.simulate_sphere`.
 
-    T times, L tokens, D channels; an ensemble has b in front of every array but ``times``.
+    T times, L tokens, D channels; an ensemble has b in front of every array but ``times``. Words and formulas count
+    tokens from 1, as the papers do; arrays are indexed from 0, so token l is ``tokens[:, l - 1]``.
 
     The dynamics is triangular: token l moves by tokens 1 to l only. When token l blows up, its equation and those of
     all later tokens end, for they hold token l, while the tokens before it go on. From then on an ended token is
@@ -94,11 +95,11 @@ class Trajectory:
         """Blow-ups and ends, by time. Of one trajectory; of an ensemble see ``ended_at`` and ``ended_by``."""
         self._expect_one("events")
         found = [
-            Event(float(time), "blow-up" if cause == token else "ended", token, int(cause))
-            for token, (time, cause) in enumerate(zip(self.ended_at, self.ended_by, strict=True))
+            Event(float(time), "blow-up" if cause == index else "ended", index, int(cause))
+            for index, (time, cause) in enumerate(zip(self.ended_at, self.ended_by, strict=True))
             if cause >= 0
         ]
-        return tuple(sorted(found, key=lambda event: (event.time, event.token)))
+        return tuple(sorted(found, key=lambda event: (event.time, event.index)))
 
     def attention(self, index: int) -> np.ndarray:
         """Hidden attention at ``times[index]``: (L, L) on the line, (D, L, L) in R^D; NaN where a token has ended.

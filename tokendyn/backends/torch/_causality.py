@@ -66,10 +66,11 @@ class Causality:
         if self.causal:
             return f"No output saw a later token ({done}, float64, equal to the last bit)."
         first = max(self.leaks, key=lambda leak: leak.size)
+        token = f"the token at index {first.token}"
         if first.kind == "value":
-            what = f"the output at place {first.output} changes by {first.size:.3g} with token {first.token}"
+            what = f"the output at index {first.output} changes by {first.size:.3g} with {token}"
         else:
-            what = f"outputs that must not see token {first.token} have a derivative of {first.size:.3g} by it"
+            what = f"outputs that must not see {token} have a derivative of {first.size:.3g} by it"
         return (
             f"The model reads the future: in {first.mode} mode {what}, and {len(self.leaks) - 1} more leaks ({done})."
         )
