@@ -117,6 +117,18 @@ SHAPES = {
         order("take_tokens", indices=zeros(2, 4, dtype="int64")),
         r"take_tokens: indices has shape \(2, 4\), expected \(b, L\)",
     ),
+    "an index beyond the end": (
+        order("take_tokens", indices=np.array([[0, 1, 2, 3, 4], [0, 1, 2, 3, 5]])),
+        r"take_tokens: indices\[1\] holds 5, expected a permutation of 0 to L - 1 = 4; take them from hard_order",
+    ),
+    "a negative index": (
+        order("put_tokens", indices=np.array([[0, 1, 2, 3, -1], [0, 1, 2, 3, 4]])),
+        r"put_tokens: indices\[0\] holds -1, expected a permutation of 0 to L - 1 = 4",
+    ),
+    "an index twice": (
+        order("put_tokens", indices=np.array([[4, 3, 2, 1, 0], [3, 1, 2, 3, 4]])),
+        r"put_tokens: indices\[1\] holds 3 2 times, expected a permutation",
+    ),
     "weights of other states": (
         projections(weight_C=zeros(3, 8)),
         r"io_projections: weight_C has shape \(3, 8\), expected \(N, D\) with N = 4, D = 8",
@@ -371,6 +383,43 @@ def test_a_hard_order_that_cannot_be_had_moves_nothing(value: float, move: str) 
     }.items():
         assert np.isfinite(np.asarray(result)[0]).all(), backend
         assert np.isnan(np.asarray(result)[1]).all(), backend
+
+
+WRONG_INDICES = np.array([[1, 0, 2, 4, 3], [0, 1, 1, -1, 5]])
+
+
+@pytest.mark.parametrize("move", ["take_tokens", "put_tokens"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_that_are_no_permutation_are_refused_on_every_backend(backend: str, move: str) -> None:
+    make = load_backend(backend).from_numpy
+    with pytest.raises(ShapeError, match=rf"{move}: indices\[1\] holds -1, expected a permutation of 0 to L - 1 = 4"):
+        getattr(tokendyn, move)(make(np.ones((2, 5, 3))), make(WRONG_INDICES))
+
+
+@pytest.mark.parametrize("move", ["take_tokens", "put_tokens"])
+@pytest.mark.parametrize("tracer", ["jit", "vmap", "compile"])
+def test_indices_that_cannot_be_seen_give_nan_where_they_name_no_token(tracer: str, move: str) -> None:
+    import jax
+    import torch
+
+    x = np.arange(30.0).reshape(2, 5, 3)
+    operation = getattr(tokendyn, move)
+    if tracer == "jit":
+        moved = np.asarray(jax.jit(operation)(*map(load_backend("jax").from_numpy, (x, WRONG_INDICES))))
+    else:
+        tensors = torch.from_numpy(x), torch.from_numpy(WRONG_INDICES)
+        if tracer == "vmap":
+            moved = torch.func.vmap(lambda *v: operation(*(w[None] for w in v))[0])(*tensors).numpy()
+        else:
+            moved = torch.compile(operation, fullgraph=True, backend="eager")(*tensors).numpy()
+    order = WRONG_INDICES[0]
+    right = np.take_along_axis(x[:1], (order if move == "take_tokens" else order.argsort())[None, :, None], axis=1)
+    np.testing.assert_array_equal(moved[0], right[0])
+    nothing = [3, 4] if move == "take_tokens" else [2, 3, 4]  # no index is 2, 3 or 4; 1 stands there twice
+    assert np.isnan(moved[1, nothing]).all()
+    kept = np.setdiff1d(range(5), nothing)
+    assert np.isfinite(moved[1, kept]).all()
+    assert set(moved[1, kept].ravel()) <= set(x[1].ravel())  # nothing of another sequence
 
 
 def test_an_engine_that_cannot_take_a_call_says_why() -> None:

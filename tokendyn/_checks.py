@@ -174,6 +174,30 @@ def expect_lengths(operation: str, lengths: Any, longest: int) -> None:
         raise ShapeError(f"{operation}: lengths holds {worst}, expected values from 0 to L = {longest}")
 
 
+def expect_permutations(operation: str, name: str, indices: Any) -> None:
+    """Every row of ``indices`` (b, L) is a permutation, where that can be seen without stalling an accelerator."""
+    values = concrete(indices, synchronize=False)
+    if values is None:
+        return
+    import numpy as np
+
+    length = values.shape[1]
+    wrong = (np.sort(values, axis=1) != np.arange(length)).any(axis=1)
+    if not wrong.any():
+        return
+    row = int(wrong.argmax())
+    outside = values[row][(values[row] < 0) | (values[row] >= length)]
+    if len(outside):
+        holds = f"holds {int(outside[0])}"
+    else:
+        counts = np.bincount(values[row], minlength=length)
+        holds = f"holds {int(counts.argmax())} {int(counts.max())} times"
+    raise ShapeError(
+        f"{operation}: {name}[{row}] {holds}, expected a permutation of 0 to L - 1 = {length - 1}; take them from "
+        f"hard_order or token_order of finite scores"
+    )
+
+
 def expect_finite(operation: str, name: str, array: Any) -> None:
     """No NaN and no infinity, where that can be seen without stalling an accelerator."""
     values = concrete(array, synchronize=False)

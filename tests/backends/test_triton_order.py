@@ -69,6 +69,21 @@ def test_scores_that_are_not_finite_give_nan_in_their_sequence_alone(name, bad):
         assert value[1].isnan().all()
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_indices_that_name_no_token_give_nan_and_leave_no_memory_unwritten():
+    """What the table refuses where it can see values; on a GPU it cannot."""
+    from tokendyn.backends.torch.ops import _permute, _permute_triton
+
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((2, 5, 3))).to(DEVICE, torch.float32)
+    indices = torch.tensor([[1, 0, 2, 4, 3], [0, 1, 1, -1, 5]], device=DEVICE)
+    permutation = indices[:1].cpu()
+    for name, nothing in (("take_tokens", [3, 4]), ("put_tokens", [2, 3, 4])):
+        moved = getattr(_permute_triton, name)(x, indices).cpu()
+        assert torch.equal(moved[:1], getattr(_permute, name)(x[:1].cpu(), permutation))
+        assert moved[1, nothing].isnan().all()
+        assert moved[1, [place for place in range(5) if place not in nothing]].isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter is NumPy
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("name", NAMES)

@@ -189,6 +189,7 @@ def _check_tokens(name: str, x_name: str, x: Any, indices: Any) -> None:
     shapes.expect(x_name, x, "b L D")
     shapes.expect("indices", indices, "b L")
     check.expect_integers(name, "indices", indices)
+    check.expect_permutations(name, "indices", indices)
 
 
 @operation(arrays="x indices", differentiable="x", source="paper 1, Algorithm 1")
@@ -197,13 +198,16 @@ def take_tokens(x: Any, indices: Any) -> Any:
 
     Args:
         x: (b, L, D).
-        indices: (b, L) integers, a permutation of 0..L-1 in every row.
+        indices: (b, L) integers, a permutation of 0..L-1 in every row; see Raises.
 
     Returns:
         (b, L, D).
 
     Raises:
-        ShapeError, DTypeError.
+        DTypeError.
+        ShapeError: also for indices that are no permutation, where their values can be seen at no cost. On an
+            accelerator and under a tracer (``jit``, ``torch.compile``, ``vmap``) they cannot: there an index outside
+            0..L-1, negative ones included, gives NaN in its place.
 
     Cost:
         O(b L D).
@@ -217,13 +221,16 @@ def put_tokens(y: Any, indices: Any) -> Any:
 
     Args:
         y: (b, L, D) in sorted order.
-        indices: (b, L) integers, a permutation of 0..L-1 in every row.
+        indices: (b, L) integers, a permutation of 0..L-1 in every row; see Raises.
 
     Returns:
         (b, L, D) in the original order.
 
     Raises:
-        ShapeError, DTypeError.
+        DTypeError.
+        ShapeError: also for indices that are no permutation, where their values can be seen at no cost. On an
+            accelerator and under a tracer (``jit``, ``torch.compile``, ``vmap``) they cannot: there a token that no
+            index names is NaN, and of two tokens with one index either is kept.
 
     Cost:
         O(b L D).

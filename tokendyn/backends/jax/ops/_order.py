@@ -34,15 +34,21 @@ def hard_order(scores: jax.Array, *, ascending: bool = True) -> jax.Array:
 
 def take_tokens(x: jax.Array, indices: jax.Array) -> jax.Array:
     """See :func:`tokendyn.take_tokens`. Places outside the sequence give NaN."""
-    return jnp.take_along_axis(x, indices[..., None], axis=1, mode="fill")
+    return jnp.take_along_axis(x, _places(indices)[..., None], axis=1, mode="fill")
 
 
 def put_tokens(y: jax.Array, indices: jax.Array) -> jax.Array:
     """See :func:`tokendyn.put_tokens`. Places that no index names give NaN."""
     batch, length = indices.shape
     nowhere = jnp.full_like(indices, length)
-    inverse = nowhere.at[jnp.arange(batch)[:, None], indices].set(jnp.arange(length, dtype=indices.dtype), mode="drop")
+    rows, places = jnp.arange(batch)[:, None], _places(indices)
+    inverse = nowhere.at[rows, places].set(jnp.arange(length, dtype=indices.dtype), mode="drop")
     return take_tokens(y, inverse)
+
+
+def _places(indices: jax.Array) -> jax.Array:
+    """``indices`` with L, which names no token, for negative ones, which JAX would count from the end."""
+    return jnp.where(indices < 0, indices.shape[1], indices)
 
 
 def softsort(

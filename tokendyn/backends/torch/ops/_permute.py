@@ -25,25 +25,35 @@ def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def put_tokens(y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """See :func:`tokendyn.put_tokens`."""
-    rows = y.flatten(0, 1)
-    return _mark(torch.empty_like(rows).index_copy(0, _rows(indices), rows).view_as(y), indices)
+    return take_tokens(y, _inverse(indices))
+
+
+def _inverse(indices: torch.Tensor) -> torch.Tensor:
+    """Where each token went, L if nowhere; numbers move, which cost little beside tokens."""
+    b, length = indices.shape
+    places = torch.arange(length, device=indices.device).expand(b, length)
+    nowhere = places.new_full((b, length + 1), length)  # the last column takes what indices outside the sequence put
+    return nowhere.scatter(1, torch.where(_named(indices), indices.long(), length), places)[:, :length]
+
+
+def _named(indices: torch.Tensor) -> torch.Tensor:
+    """(b, L) booleans: the index names a token."""
+    return (indices >= 0) & (indices < indices.shape[1])
 
 
 def _rows(indices: torch.Tensor) -> torch.Tensor:
     """Places (b, L) in each sequence as places (b L,) in all of them end to end: whole rows move at once."""
     b, length = indices.shape
     starts = torch.arange(0, b * length, length, device=indices.device)
-    return (indices.clamp(max=length - 1) + starts.unsqueeze(-1)).flatten()
+    return (indices.clamp(0, length - 1) + starts.unsqueeze(-1)).flatten()
 
 
 def _mark(permuted: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """NaN (or the lowest integer) in the rows whose indices name no token."""
-    length = indices.shape[1]
-    values = concrete(indices, synchronize=False)
-    if values is not None and values.max() < length:
-        return permuted
+    """NaN (or the lowest integer) where an index names no token."""
+    if concrete(indices, synchronize=False) is not None:
+        return permuted  # the table has looked at them
     if permuted.is_floating_point():
         nothing = float("nan")
     else:
         nothing = 0 if permuted.dtype == torch.bool else torch.iinfo(permuted.dtype).min
-    return torch.where((indices < length).all(-1)[:, None, None], permuted, nothing)
+    return torch.where(_named(indices).unsqueeze(-1), permuted, nothing)

@@ -16,7 +16,10 @@ def move(
     x, indices, out, x_b, x_l, x_d, indices_b, indices_l, length, width, blocks,
     PUT: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``out[k] = x[indices[k]]``, or with PUT ``out[indices[k]] = x[k]``, of a block of tokens; out is contiguous."""
+    """``out[k] = x[indices[k]]``, or with PUT ``out[indices[k]] = x[k]``, of a block of tokens; out is contiguous.
+
+    An index that names no token gives NaN, or with PUT goes nowhere.
+    """
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
     named = tl.load(indices + batch * indices_b + k * indices_l, mask=k < length, other=0).to(tl.int32)
@@ -29,13 +32,14 @@ def move(
         d = first + tl.arange(0, CHANNELS)
         inside = (k < length)[:, None] & (d < width)[None, :]
         tokens = tl.load(x + source[:, None] * x_l + d[None, :] * x_d, mask=inside & valid[:, None], other=float("nan"))
-        tl.store(out + target[:, None] * width + d[None, :], tokens, mask=inside)
+        stored = inside & valid[:, None] if PUT else inside
+        tl.store(out + target[:, None] * width + d[None, :], tokens, mask=stored)
 
 
 def launch(x: torch.Tensor, indices: torch.Tensor, put: bool) -> torch.Tensor:
     """x permuted by indices, or with ``put`` by their inverse."""
     batch, length, width = x.shape
-    out = x.new_empty(x.shape)
+    out = x.new_full(x.shape, float("nan")) if put else x.new_empty(x.shape)
     channels = min(CHANNELS, triton.next_power_of_2(width))
     tokens = min(NUMBERS // channels, triton.next_power_of_2(length))
     blocks = triton.cdiv(length, tokens)
