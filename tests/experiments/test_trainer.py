@@ -301,14 +301,14 @@ def test_generators_are_captured_whole() -> None:
 
     _random.seed_everything(5)
     random.gauss(0, 1), np.random.standard_normal(), torch.randn(3)  # noqa: NPY002 - each leaves a half-used pair
-    state = _random.capture()
+    state = _random.capture(torch.device("cpu"))
 
     def draw() -> tuple[object, ...]:
         return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist(), random.random()  # noqa: NPY002
 
     first = draw()
     _random.seed_everything(6)
-    _random.restore(state[0], json.loads(json.dumps(state[1])))
+    _random.restore(state[0], json.loads(json.dumps(state[1])), torch.device("cpu"))
     assert draw() == first
 
 

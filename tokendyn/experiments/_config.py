@@ -93,8 +93,9 @@ class RunConfig:
     """Folder of the run; by default a new one under runs/, named after the preset."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue what is in the folder, exactly, or start if nothing is."""
-    jobs: int = 1
-    """Runs trained at the same time, each in a process of its own."""
+    jobs: int | None = 1
+    """Runs trained at the same time, each in a process of its own, on all visible GPUs in turn. None: three for each
+    GPU (for models that cannot fill one), one on a CPU."""
     workers: int = 0
     """Processes that prepare the batches of a run; 0 does it where it is trained."""
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()

@@ -33,8 +33,8 @@ def isolated(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
 
 
-def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The states of all generators: (tensors, what fits into JSON)."""
+def capture(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The states of all generators, of GPUs that of ``device``: (tensors, what fits into JSON)."""
     version, words, gauss = random.getstate()
     name, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     tensors = {
@@ -42,19 +42,18 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "python": torch.tensor(words, dtype=torch.int64),
     }
-    if torch.cuda.is_initialized():
-        tensors.update({f"cuda_{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
     numbers = {"python": [version, gauss], "numpy": [name, int(place), int(has_gauss), float(cached)]}
     return tensors, numbers
 
 
-def restore(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-    """Set all generators to what :func:`capture` returned."""
+def restore(tensors: dict[str, torch.Tensor], numbers: dict[str, Any], device: torch.device) -> None:
+    """Set all generators to what :func:`capture` returned, for another GPU perhaps."""
     version, gauss = numbers["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     name, place, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), place, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(tensors["torch"].clone())
-    cuda = [tensors[f"cuda_{i}"] for i in range(sum(key.startswith("cuda_") for key in tensors))]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)

@@ -6,13 +6,18 @@ Several processes may work on one folder with ``--resume auto``: each takes the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokendyn.errors import OptionError
+import torch
+
+from tokendyn.errors import NonFiniteError, OptionError
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
+from tokendyn.experiments._devices import jobs_for, take_gpu
 from tokendyn.experiments._distributed import current_group
 from tokendyn.experiments._jobs import run_jobs
 from tokendyn.experiments._progress import Listener, Progress, Quiet
@@ -44,8 +49,14 @@ class Study:
     workers: int = 0
     log_to: tuple[str, ...] = ()
 
-    def run(self, jobs: int, minutes: float | None = None) -> list[RunRecord] | None:
+    def run(self, jobs: int | None, minutes: float | None = None) -> list[RunRecord] | None:
         """Train all runs, ``jobs`` at a time, each from where it stands; stop after ``minutes`` if given.
+
+        Seeds come one after another, so that time that is up leaves whole seeds behind. On several GPUs each process
+        takes one of them in turn, unless ``compute.device`` names one.
+
+        Args:
+            jobs: None for :func:`._devices.jobs_for`'s number.
 
         Returns:
             The finished runs, arm by arm; or None if other processes still work on some of them.
@@ -55,12 +66,12 @@ class Study:
             NonFiniteError, CheckpointError: see :meth:`~._trainer.Trainer.run`; the runs beside are saved.
         """
         group = current_group()
+        device = torch.device(self.compute.device)
+        jobs = 1 if jobs is None and group.size > 1 else jobs_for(jobs, device)
         if group.size > 1 and jobs > 1:
             raise OptionError(f"--jobs is {jobs}; with torchrun all processes train one run, say --jobs 1")
         pairs = [(arm, seed) for seed in self.seeds for arm in self.arms]
-        unfinished = group.told(
-            [pair for pair in pairs if not (run_folder(self.folder, *pair) / "result.json").is_file()]
-        )
+        unfinished = group.told([pair for pair in pairs if not self._finished(*pair)])
         if group.leads:
             progress: Progress | Quiet = Progress(
                 sum(total_steps(self.make_task(*pair), self.train) for pair in unfinished)
@@ -70,7 +81,8 @@ class Study:
         try:
             with StopSignals(minutes) as signals:
                 if min(jobs, len(unfinished)) > 1:
-                    ours = run_jobs(self.run_one, unfinished, min(jobs, len(unfinished)), progress, signals)
+                    begin = functools.partial(take_gpu, device)
+                    ours = run_jobs(self.run_one, unfinished, min(jobs, len(unfinished)), progress, signals, begin)
                 else:
                     ours = [self.run_one(*pair, progress, signals) for pair in unfinished]
                 if signals.received not in (None, TIME_IS_UP):  # with all runs finished the report takes seconds
@@ -83,7 +95,26 @@ class Study:
                 progress.close()
         if not all(ours):
             return None
-        return [read_run(self.folder, arm, seed) for arm in self.arms for seed in self.seeds]
+        return self._records(self.seeds)
+
+    @contextlib.contextmanager
+    def reporting(self, report: Callable[[list[RunRecord]], None]) -> Iterator[None]:
+        """If time is up in the block, or a loss was not finite, ``report`` the seeds that all arms have finished."""
+        try:
+            yield
+        except (Stopped, NonFiniteError) as error:
+            time_is_up = not isinstance(error, Stopped) or error.number == TIME_IS_UP
+            seeds = tuple(seed for seed in self.seeds if all(self._finished(arm, seed) for arm in self.arms))
+            if time_is_up and seeds and current_group().leads:
+                print(f"{len(seeds)} of {len(self.seeds)} seeds are finished in all arms:", file=sys.stderr)
+                report(self._records(seeds))
+            raise
+
+    def _finished(self, arm: str, seed: int) -> bool:
+        return (run_folder(self.folder, arm, seed) / "result.json").is_file()
+
+    def _records(self, seeds: tuple[int, ...]) -> list[RunRecord]:
+        return [read_run(self.folder, arm, seed) for arm in self.arms for seed in seeds]
 
     def run_one(self, arm: str, seed: int, progress: Listener, signals: StopRequest) -> bool:
         """Train one run, or what is left of it; False if another process works on it."""
@@ -94,7 +125,7 @@ class Study:
         with hold(place) if group.leads else contextlib.nullcontext(True) as held, numerics(self.compute):
             ours = group.told(held)
             # Another process may have finished it just now.
-            if ours and group.told(not (place / "result.json").is_file()):
+            if ours and group.told(not self._finished(arm, seed)):
                 Trainer(
                     task,
                     name=name,

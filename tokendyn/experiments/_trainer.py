@@ -374,7 +374,7 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def _save(self) -> None:
-        random_tensors, random_numbers = _random.capture()
+        random_tensors, random_numbers = _random.capture(self.device)
         tensors = {
             "model": {name: whole(value) for name, value in self.model.state_dict().items()},
             "optimizer": {name: whole(value) for name, value in optimizer_tensors(self.model, self.optimizer).items()},
@@ -413,7 +413,7 @@ class Trainer:
         self.skipped, self._held_out = state["skipped"], state["held_out"]
         rank = self.group.rank
         if rank < len(state["random"]):
-            _random.restore(checkpoint.tensors[_generators_of(rank)], state["random"][rank])
+            _random.restore(checkpoint.tensors[_generators_of(rank)], state["random"][rank], self.device)
         else:  # saved by fewer processes: what this one draws is new
             _random.seed_everything(self.seed + rank + self.step * self.group.size)
 

@@ -14,7 +14,7 @@ from tokendyn.experiments import _cli
 from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._loggers import expect_installed
-from tokendyn.experiments._run_folder import open_folder
+from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import load_weights, numerics, resolve_device
 from tokendyn.experiments.imagenet._config import ImageNetConfig
@@ -66,13 +66,18 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         study = Study(
             folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
         )
-        runs = study.run(config.run.jobs, config.run.max_minutes)
+
+        def report(runs: list[RunRecord]) -> None:
+            write_report(folder, preset, config, images, runs)
+
+        with study.reporting(report):
+            runs = study.run(config.run.jobs, config.run.max_minutes)
         if not group.leads:
             return
         if runs is None:
             print("other processes still train some of these runs; give the same command again for the report")
             return
-        write_report(folder, preset, config, images, runs)
+        report(runs)
 
 
 def evaluate_weights(file: Path, task: ImageTask, config: ImageNetConfig) -> None:

@@ -225,5 +225,5 @@ def spectrum() -> LanguageConfig:
             checkpoint_every=250,
         ),
         compute=ComputeConfig(precision="bfloat16"),
-        run=RunConfig(jobs=3, max_minutes=8.5),
+        run=RunConfig(jobs=None, max_minutes=8.5),
     )

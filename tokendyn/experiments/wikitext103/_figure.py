@@ -49,7 +49,7 @@ def draw_figure(folder: Path, config: LanguageConfig, runs: Sequence[RunRecord])
             for panel, measure in ((panels[3], _largest), (panels[4], _pairs)):
                 by_layer = [[measure(layer) for layer in blocks["layers"].values()] for blocks in last]
                 draw_band(panel, depth[:-1], by_layer, colour, "-", arm)
-        _label(panels, len(config.seeds))
+        _label(panels, len({run.seed for run in runs}))
         return save_figure(figure, folder, "study")
 
 

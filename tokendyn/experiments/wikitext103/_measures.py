@@ -49,7 +49,7 @@ def measure_blocks(model: LanguageModel[Any], tokens: Tensor) -> dict[str, Any]:
 def _measure_mixer(mixer: Mamba, hidden: Tensor) -> dict[str, Any]:
     x = mixer.convolve(mixer.in_proj(hidden)[..., : mixer.d_inner]).float()
     S_B, S_C = (S.float() for S in mixer.io_matrices())
-    spectrum = ops.io_spectrum(S_B, S_C)
+    spectrum = ops.io_spectrum(S_B.cpu(), S_C.cpu())  # N x N: not worth a GPU's launches
     scores = (x @ S_C.mT) @ (x @ S_B.mT).mT  # (b, L, L): x_lᵀ M x_j
     pairs = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril(-1)
     s_delta = mixer.s_delta()[0].float()

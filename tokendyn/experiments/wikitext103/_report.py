@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokendyn.experiments._files import write_bytes, write_json
-from tokendyn.experiments._run_folder import RunRecord
+from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
 from tokendyn.experiments._statistics import paired, summary
 from tokendyn.experiments.wikitext103._arms import ORDERS
 from tokendyn.experiments.wikitext103._config import LanguageConfig
@@ -27,7 +27,7 @@ def write_report(folder: Path, preset: str, config: LanguageConfig, texts: Texts
         "experiment": "wikitext103",
         "preset": preset,
         "data": texts.fingerprint,
-        "seeds": list(config.seeds),
+        **seeds_of(runs, config.seeds),
         "arms": summarise_arms(config, runs),
     }
     result["comparisons"] = compare(config, runs)
@@ -195,7 +195,7 @@ def _mean_of(blocks: Sequence[dict[str, Any]], index: str, key: str) -> str:
 
 def _seeds(result: Result) -> str:
     count = len(result["seeds"])
-    return "one seed" if count == 1 else f"mean ± standard deviation over {count} seeds"
+    return ("one seed" if count == 1 else f"mean ± standard deviation over {count} seeds") + of_planned(result)
 
 
 def _plus_minus(values: dict[str, Any], digits: int = 2) -> str:

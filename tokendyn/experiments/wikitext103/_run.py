@@ -7,7 +7,7 @@ import sys
 
 from tokendyn.backends.torch.models import LanguageModel
 from tokendyn.errors import OptionError
-from tokendyn.experiments._run_folder import open_folder
+from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import load_trained, resolve_device
 from tokendyn.experiments.wikitext103._config import LanguageConfig
@@ -48,11 +48,16 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
         flush=True,
     )
     study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
-    runs = study.run(config.run.jobs, config.run.max_minutes)
+
+    def report(runs: list[RunRecord]) -> None:
+        write_report(folder, preset, config, texts, runs)
+
+    with study.reporting(report):
+        runs = study.run(config.run.jobs, config.run.max_minutes)
     if runs is None:
         print("other processes still train some of these runs; give the same command again for the report")
         return
-    write_report(folder, preset, config, texts, runs)
+    report(runs)
     for run in runs:
         if run.seed == config.seeds[0]:  # MambaLM.from_pretrained and its like read them
             place = folder / "models" / run.folder.parent.name
