@@ -52,7 +52,7 @@ MODELS = [
 PUBLIC: dict[str, list[str]] = {
     "tokendyn": [
         *OPERATION_NAMES,
-        *("IOSpectrum", "Order", "OrderConfig", "token_order", "random_inputs", "backend", "use"),
+        *("IOSpectrum", "Order", "OrderConfig", "token_order", "random_inputs", "backend", "use", "citation"),
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
         *("CausalAttention", "H3", "H3LM", "TransformerLM"),
         *("Regime", "SphereRegime", "Trajectory", "classify", "classify_sphere", "simulate", "simulate_sphere"),

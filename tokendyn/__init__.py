@@ -14,6 +14,7 @@ from tokendyn._dispatch import backend, use
 
 if TYPE_CHECKING:
     from tokendyn import core, errors, jax, torch
+    from tokendyn._citation import citation
     from tokendyn._dynamics import classify, classify_sphere, simulate, simulate_sphere
     from tokendyn._inputs import random_inputs
     from tokendyn._layers import OrderConfig
@@ -91,6 +92,7 @@ _LAZY = {
     "SphereRegime": "tokendyn.core._sphere",
     "Trajectory": "tokendyn.core._trajectory",
     "OrderConfig": "tokendyn._layers",
+    "citation": "tokendyn._citation",
     "random_inputs": "tokendyn._inputs",
     "refine": "tokendyn.diagnose._refine",
     **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
@@ -130,6 +132,7 @@ __all__ = [
     "attention_flow",
     "autoregressive_flow",
     "backend",
+    "citation",
     "classify",
     "classify_sphere",
     "core",
