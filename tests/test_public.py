@@ -56,7 +56,7 @@ PUBLIC: dict[str, list[str]] = {
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
         *("CausalAttention", "H3", "H3LM", "TransformerLM"),
         *("Regime", "SphereRegime", "Trajectory", "classify", "classify_sphere", "simulate", "simulate_sphere"),
-        *("core", "diagnose", "errors", "jax", "refine", "torch", "__version__"),
+        *("core", "causality", "diagnose", "errors", "expect_causal", "jax", "refine", "torch", "__version__"),
     ],
     "tokendyn.torch": [
         *OPERATION_NAMES,

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
         MambaVision,
         TokenReorder,
         TransformerLM,
+        causality,
+        expect_causal,
         mamba_lm_130m,
         mambavision_t,
     )
@@ -95,6 +97,7 @@ _LAZY = {
     "citation": "tokendyn._citation",
     "random_inputs": "tokendyn._inputs",
     "refine": "tokendyn.diagnose._refine",
+    **dict.fromkeys(("causality", "expect_causal"), "tokendyn.torch"),
     **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "diagnose", "errors", "jax", "torch")
@@ -132,6 +135,7 @@ __all__ = [
     "attention_flow",
     "autoregressive_flow",
     "backend",
+    "causality",
     "citation",
     "classify",
     "classify_sphere",
@@ -139,6 +143,7 @@ __all__ = [
     "diagnose",
     "effective_tokens",
     "errors",
+    "expect_causal",
     "flow_rhs",
     "hard_order",
     "hidden_attention",

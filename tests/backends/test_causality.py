@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tokendyn.torch as tt
-from tokendyn.errors import CausalityError, NonFiniteError, OptionError, ShapeError
+from tokendyn.errors import CausalityError, DTypeError, NonFiniteError, OptionError, ShapeError
 
 SIZES: dict[str, Any] = {"vocab_size": 29, "d_model": 8, "n_layer": 2}
 MODELS: dict[str, Any] = {
@@ -151,6 +151,8 @@ def test_errors() -> None:
         tt.causality(nn.Linear(2, 2), 4)
     with pytest.raises(ShapeError, match=r"tokens have shape \(1, 4, 2\).*L = 5"):
         tt.causality(nn.Linear(2, 2), 5, tokens=torch.zeros(1, 4, 2))
+    with pytest.raises(DTypeError, match=r"causality: model is builtins.function, expected a torch.nn.Module"):
+        tt.causality(lambda tokens: tokens, 5)
     with pytest.raises(OptionError, match="places from 0 to 4"):
         tt.causality(made("mamba"), 5, perturbed=[5])
     with pytest.raises(OptionError, match="modes is 'test'"):

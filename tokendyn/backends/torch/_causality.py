@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
-from tokendyn.errors import CausalityError, NonFiniteError, OptionError, ShapeError
+from tokendyn._dispatch import describe
+from tokendyn.errors import CausalityError, DTypeError, NonFiniteError, OptionError, ShapeError
 
 #: Up to this length every token is perturbed.
 _EVERY = 160
@@ -110,6 +111,7 @@ def causality(
         The leaks found.
 
     Raises:
+        DTypeError: the model is no PyTorch module.
         OptionError: no output changed with any token, so there is nothing to check; or no embedding was found.
         NonFiniteError: the model's output is NaN or infinite.
         ShapeError: the output has not one entry for each token.
@@ -117,6 +119,8 @@ def causality(
     Cost:
         One forward and one backward pass for each token perturbed and mode, and a copy of the model in float64.
     """
+    if not isinstance(model, nn.Module):
+        raise DTypeError(f"causality: model is {describe(model)}, expected a torch.nn.Module")
     check.expect_size("causality", "length", length)
     for mode in modes:
         check.expect_choice("causality", "modes", mode, ("train", "eval"))
@@ -157,8 +161,15 @@ def expect_causal(model: nn.Module, length: int, **options: Any) -> Causality:
     Args:
         model, length, options: see :func:`causality`.
 
+    Returns:
+        What :func:`causality` found.
+
     Raises:
         CausalityError: the model declares ``causal = False``, or a leak was found.
+        DTypeError, OptionError, NonFiniteError, ShapeError: see :func:`causality`.
+
+    Cost:
+        As :func:`causality`.
     """
     if getattr(model, "causal", True) is False:
         raise CausalityError(
