@@ -1,0 +1,167 @@
+"""The interactive page computes what the core computes: its JavaScript, run by Node, against the library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tokendyn
+from tokendyn.core import flow_rhs, sphere_flow
+
+FOLDER = Path(__file__).parents[1] / "docs" / "_extra" / "explore"
+NODE = shutil.which("node")
+RUN = """
+const { flow, attention, simulate } = require("./dynamics.js"), { classify } = require("./regimes.js");
+const finite = (key, value) => (typeof value === "number" && !Number.isFinite(value) ? String(value) : value);
+const answers = JSON.parse(require("fs").readFileSync(0)).map(({ problem, times }) => {
+  const trajectory = simulate(problem, times[times.length - 1]), tokens = times.map(trajectory.at);
+  const { at, ...rest } = trajectory;
+  const now = { flow: flow(problem, problem.x0), attention: attention(problem, problem.x0) };
+  return { ...now, tokens, ...rest, regime: classify(problem) };
+});
+console.log(JSON.stringify(answers, finite));
+"""
+LINES = 12
+SPACES = 4
+
+pytestmark = pytest.mark.skipif(NODE is None, reason="no Node on this machine")
+
+
+def line_problem(case: int) -> dict[str, Any]:
+    rng = np.random.default_rng(case)
+    sign = -1.0 if case % 3 == 0 else 1.0
+    x0 = rng.normal(size=rng.integers(1, 7)) * 1.5
+    s_delta = rng.normal()
+    if case % 3 == 1:  # slow divergence
+        x0 = -np.sign(s_delta) * np.abs(x0)
+    if case == 4:
+        x0[0] = 0.0
+    bias = float(rng.normal()) if case % 2 else 0.0
+    return {"mu": sign * rng.uniform(0.3, 2), "s_delta": s_delta, "a": rng.uniform(0.2, 2), "bias": bias, "x0": x0}
+
+
+def space_problem(space: str, per_channel: bool, case: int) -> dict[str, Any]:
+    rng = np.random.default_rng([space == "sphere", per_channel, case])
+    D = 2 if space == "plane" else 3
+    M = rng.normal(size=(D, D))
+    if case == 0:
+        M = -M @ M.T - 0.1 * np.eye(D) if space == "plane" else M @ M.T
+    x0 = rng.normal(size=(rng.integers(2, 5), D)) * 0.7
+    if space == "sphere":
+        x0 /= np.linalg.norm(x0, axis=1, keepdims=True)
+    s_delta = 0.6 * rng.normal(size=(D, D) if per_channel else D)
+    return {"M": M, "s_delta": s_delta, "a": rng.uniform(0.2, 2), "bias": 0.2 * rng.normal(), "x0": x0}
+
+
+LINE_PROBLEMS = [("line", line_problem(case)) for case in range(LINES)]
+SPACE_PROBLEMS = [
+    (space, space_problem(space, per_channel, case))
+    for space in ("plane", "sphere")
+    for per_channel in (False, True)
+    for case in range(SPACES)
+]
+PROBLEMS = LINE_PROBLEMS + SPACE_PROBLEMS
+
+
+def trajectory_of(space: str, problem: dict[str, Any], t_end: float, times: Any = None) -> tokendyn.Trajectory:
+    run = tokendyn.simulate_sphere if space == "sphere" else tokendyn.simulate
+    return run(**problem, t_end=t_end, times=times, max_steps=1000)
+
+
+def times_of(space: str, problem: dict[str, Any]) -> list[float]:
+    """Four times, before the first token ends (or turns ever faster, as some do in the plane)."""
+    trajectory = trajectory_of(space, problem, 20.0)
+    last = 0.98 * min(trajectory.stopped_at, float(trajectory.ended_at.min()))
+    return [0.0, 0.1 * last, 0.5 * last, last]
+
+
+def ask(problems: list[tuple[str, dict[str, Any], list[float]]]) -> list[dict[str, Any]]:
+    """What the page's JavaScript answers: of each problem right-hand side, attention, tokens at the times, regime."""
+    asked = []
+    for space, problem, times in problems:
+        named = {"sDelta" if key == "s_delta" else key: np.asarray(value).tolist() for key, value in problem.items()}
+        asked.append({"problem": {"space": space, **named}, "times": times})
+    command = [str(NODE), "-e", RUN]
+    done = subprocess.run(
+        command, input=json.dumps(asked), capture_output=True, text=True, cwd=FOLDER, timeout=60, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[dict[str, Any]]:
+    return ask([(space, problem, times_of(space, problem)) for space, problem in PROBLEMS])
+
+
+def numbers(values: Any) -> np.ndarray:
+    """Nested lists in which NaN and infinities are words."""
+    return np.array(values, dtype=object).astype(float)
+
+
+@pytest.mark.parametrize("case", range(len(PROBLEMS)))
+def test_right_hand_side_and_attention(case: int, answers: list[dict[str, Any]]) -> None:
+    space, problem = PROBLEMS[case]
+    parameters = {key: value for key, value in problem.items() if key != "x0"}
+    expected = (sphere_flow if space == "sphere" else flow_rhs)(problem["x0"], **parameters)
+    np.testing.assert_allclose(numbers(answers[case]["flow"]), expected, rtol=1e-12, atol=1e-13)
+    trajectory = trajectory_of(space, problem, 1e-3, [0.0])
+    np.testing.assert_allclose(numbers(answers[case]["attention"]), trajectory.attention(0), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", range(len(PROBLEMS)))
+def test_trajectory(case: int, answers: list[dict[str, Any]]) -> None:
+    space, problem = PROBLEMS[case]
+    times = times_of(space, problem)
+    expected = trajectory_of(space, problem, times[-1], times)
+    np.testing.assert_allclose(numbers(answers[case]["tokens"]), expected.tokens, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", range(LINES))
+def test_regime_on_the_line(case: int, answers: list[dict[str, Any]]) -> None:
+    problem, found = PROBLEMS[case][1], answers[case]["regime"]
+    regime = tokendyn.classify(**problem)
+    assert (found["kind"], found["certainty"], found["fates"]) == (regime.kind, regime.certainty, list(regime.fates))
+    np.testing.assert_allclose(found["margin"], regime.margin, rtol=1e-12)
+    np.testing.assert_allclose(numbers(found["constants"]), regime.constants, rtol=1e-10)
+    np.testing.assert_allclose(numbers(found["bounds"]), regime.blow_up_bounds, rtol=1e-10)
+    assert all(found["explanation"])
+
+
+@pytest.mark.parametrize("case", [i for i, (space, _) in enumerate(PROBLEMS) if space == "plane"])
+def test_regime_in_the_plane(case: int, answers: list[dict[str, Any]]) -> None:
+    problem, found = PROBLEMS[case][1], answers[case]["regime"]
+    regime = tokendyn.classify(**problem)
+    assert (found["kind"], found["certainty"], found["fates"]) == (regime.kind, regime.certainty, list(regime.fates))
+
+
+@pytest.mark.parametrize("case", [i for i, (space, _) in enumerate(PROBLEMS) if space == "sphere"])
+def test_regime_on_the_sphere(case: int, answers: list[dict[str, Any]]) -> None:
+    problem, found = PROBLEMS[case][1], answers[case]["regime"]
+    regime = tokendyn.classify_sphere(**problem)
+    assert (found["kind"], found["certainty"]) == (regime.kind, regime.certainty)
+    np.testing.assert_array_equal(numbers(found["signs"]), regime.signs)
+    np.testing.assert_allclose(numbers(found["rates"]), regime.rates, rtol=1e-10)
+
+
+def test_blow_ups_end_when_the_library_says() -> None:
+    problem: dict[str, Any] = {"mu": 1.0, "s_delta": 0.7, "a": 1.0, "bias": 0.0, "x0": [0.3, -1.0, 1.2]}
+    found, expected = ask([("line", problem, [0.1, 10.0])])[0], tokendyn.simulate(**problem, t_end=10.0)
+    np.testing.assert_allclose(numbers(found["endedAt"]), expected.ended_at, rtol=1e-6)
+    assert found["endedBy"] == expected.ended_by.tolist()
+    assert found["reason"] == expected.reason
+    assert found["tokens"][1] == []
+
+
+def test_the_problems_are_of_every_kind() -> None:
+    kinds = {tokendyn.classify(**problem).kind for space, problem in PROBLEMS if space != "sphere"}
+    assert {"convergence", "slow divergence", "fast divergence"} <= kinds
+    assert {tokendyn.classify_sphere(**problem).kind for space, problem in PROBLEMS if space == "sphere"} >= {
+        "consensus",
+        "repulsion",
+    }
