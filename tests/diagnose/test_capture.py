@@ -81,11 +81,55 @@ def test_structures_of_mamba_ssm_and_mambavision() -> None:
         plain = _output(model, ids)
         with capture(model) as scans:
             watched = _output(model, ids)
-        assert float((plain - watched).abs().max()) < 1e-12  # the fused path is another order of the same sums
+        assert torch.equal(plain, watched)
         assert torch.equal(plain, _output(model, ids))
         assert len(scans) == len(mixers)
         _expect_reconstruction(scans, 1e-7)  # A is made in float32 there
-        assert all(getattr(mixer, "use_fast_path", True) for mixer in mixers)
+        for mixer, scan in zip(mixers, scans, strict=True):
+            if hasattr(mixer, "use_fast_path"):  # seen beside the fused path, which ran as it is
+                assert mixer.use_fast_path
+                assert scan.fused is not None
+                assert 0 < scan.fused < 1e-12  # another order of the same sums
+            else:
+                assert scan.fused is None
+
+
+def test_a_fused_path_is_watched_in_training_too() -> None:
+    """Gradients and modes are what they would be, and hooks of the user's see the mixer once."""
+    torch.manual_seed(14)
+    model = Tiny(SlowPathMamba(16)).double()
+    ids = torch.randint(VOCABULARY, (2, 20))
+    calls: list[int] = []
+    model.layers[0].mixer.register_forward_hook(lambda *_: calls.append(1))
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        model(ids).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    with capture(model) as scans:
+        watched = gradients()
+    assert len(scans) == 1
+    assert len(calls) == 2
+    assert model.layers[0].mixer.training
+    assert not scans[0].y.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+def test_a_path_that_shows_nothing_is_no_capture() -> None:
+    class Opaque(SlowPathMamba):
+        def forward(self, hidden_states: Any) -> Any:
+            self.use_fast_path = True
+            return super().forward(hidden_states)
+
+    model, ids = Tiny(Opaque(16)), torch.randint(VOCABULARY, (1, 9))
+    plain = _output(model, ids)
+    with capture(model) as scans:
+        assert torch.equal(plain, _output(model, ids))
+    assert scans == []
+    with pytest.raises(ValueError, match="none of the 1 selective layers"):
+        tokendyn.diagnose(model, ids)
 
 
 @pytest.mark.parametrize("parity", ["clean", "published"])

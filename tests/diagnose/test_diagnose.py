@@ -170,14 +170,16 @@ def test_stable_poles_are_those_of_the_sphere_classification() -> None:
         S_B, S_C = rng.normal(size=(2, 2, 3))
         s_delta, bias = rng.normal(size=(3, 3)), rng.normal(size=3)
         maps = Projections(torch.tensor(S_B), torch.tensor(S_C), (torch.tensor(s_delta),))
-        found = set(stable_poles(maps, torch.tensor(bias)))
+        poles = {(channel, sign): rate for channel, sign, rate in stable_poles(maps, torch.tensor(bias))}
         M = S_C.T @ S_B
         for pole in range(3):
             for sign in (1, -1):
                 e = sign * np.eye(3)[pole]
                 step = np.log1p(np.exp(s_delta @ e + bias))
                 eigenvalues = -M[pole, pole] * (step[pole] - np.delete(step, pole))
-                assert ((pole, sign) in found) == bool((eigenvalues < 0).all())
+                assert ((pole, sign) in poles) == bool((eigenvalues < 0).all())
+                if (pole, sign) in poles:
+                    assert poles[pole, sign] == pytest.approx(-eigenvalues.max(), rel=1e-5)
 
 
 FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -25,11 +25,13 @@ class Projections:
     """The maps that make Δ, B and C of a layer's tokens, where they are linear up to a bias or a norm.
 
     Attributes:
-        S_B, S_C: (N, d).
+        S_B, S_C: (N, d). Where an RMS norm follows them its gains are folded in: B_l = S_B x_l / ρ(x_l) with ρ > 0, so
+            that every x_lᵀ M x_j of these maps has the sign of ⟨C_l, B_j⟩, and its size only up to these factors.
         s_delta: factors of S_Δ, left to right.
-        normalised: a norm stands between these maps and the scan (Falcon-Mamba, Jamba), so that their spectrum is that
-            of the maps alone.
+        normalised: a norm stands between these maps and the scan (Falcon-Mamba, Jamba).
         biased: B or C have a bias, which no spectrum shows.
+        step_gain: (R,) the gain of the RMS norm between the two factors of S_Δ, where there is one.
+        linear: False where the norm is none of these, so that nothing can be said from the maps alone.
     """
 
     S_B: Tensor
@@ -37,6 +39,8 @@ class Projections:
     s_delta: tuple[Tensor, ...]
     normalised: bool = False
     biased: bool = False
+    step_gain: Tensor | None = None
+    linear: bool = True
 
 
 @dataclass(eq=False)
@@ -53,6 +57,9 @@ class Capture:
         y: (b, d, L) what the scan gave: with the skip, and gated where there is a z.
         projections: the maps behind Δ, B, C, or None where they cannot be seen.
         tokens_in, tokens_out: (b, L, D) the residual stream before and after the layer's block.
+        fused: where the model ran a fused path, which shows nothing, and the rest was seen by running the layer's other
+            path beside it: the largest difference of the two outputs over the largest output. Else None.
+        reorders: the layer brought its tokens into another order before the scan.
         notes: what this capture could not see.
     """
 
@@ -72,6 +79,8 @@ class Capture:
     projections: Projections | None = None
     tokens_in: Tensor | None = None
     tokens_out: Tensor | None = None
+    fused: float | None = None
+    reorders: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -119,7 +128,8 @@ class Capture:
 @dataclass
 class Site:
     """One layer with a selective scan, and how to watch it: ``watch(record)`` installs hooks and returns what
-    removes them; ``record(make)`` is called once a scan in the layer's forward, ``make()`` gives Capture's fields."""
+    removes them; ``record(make)`` is called once a scan in the layer's forward, ``make()`` gives Capture's fields, or
+    None where nothing could be seen."""
 
     name: str
     module: nn.Module
@@ -151,11 +161,12 @@ def _watch(site: Site, receive: Callable[[Capture], Any]) -> Callable[[], None]:
     block = site.block or site.module
     entering: list[Tensor | None] = []
 
-    def record(make: Callable[[], dict[str, Any]]) -> None:
+    def record(make: Callable[[], dict[str, Any] | None]) -> None:
         if _measuring.get():
             return
         begun = time.perf_counter()
-        site.pending.append(Capture(layer=site.name, family=site.family, index=len(site.pending), **make()))
+        if (fields := make()) is not None:
+            site.pending.append(Capture(layer=site.name, family=site.family, index=len(site.pending), **fields))
         site.seconds += time.perf_counter() - begun
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from tokendyn.diagnose._measure._memory import RATE_VANISHED
+from tokendyn.diagnose._measure._statistics import rank_correlation
+
 SEVERITIES = ("critical", "warning", "note")
 
 #: Δ beyond which exp(Δ A) forgets everything at once and Δ B x swamps the state. Trained layers stay under 10 or so.
 STEP_EXPLODED, STEP_LARGE = 1e3, 1e2
-#: Decay rates below which a state never forgets: sums over 10⁴ tokens and more at a step size of 0.1.
-RATE_VANISHED = 1e-3
+#: Share of A's entries next to 0 from which it is told.
+SOME_VANISHED = 0.02
 #: Powers of ten left before overflow.
 HEADROOM_LOW, HEADROOM_NONE = 4.0, 1.0
 #: Residual streams whose tokens are as good as one.
@@ -60,7 +65,7 @@ def find_findings(
     found = [*_weights(layers, weights), *_steps(layers), *_rates(layers)]
     explained = any(finding.severity == "critical" for finding in found)
     found += _not_finite(layers, origin, explained)
-    for rule in (_headroom, _unexplained, _sinks, _regimes):
+    for rule in (_headroom, _unexplained, _sinks, _regimes, _agreement):
         found += rule(layers)
     blocks = [layer for layer in layers if layer["scan"] == 0]  # several scans of a block share its tokens
     found += [*_growth(blocks), *_collapse(blocks)]
@@ -79,7 +84,7 @@ def _weights(layers: list[dict[str, Any]], weights: list[dict[str, Any]]) -> Ite
             "critical",
             layer or weight["name"].rpartition(".")[0] or None,
             f"{layer or 'The model'}: the weight {inside} holds {weight['count']} {kind} {entries}",
-            f"The first stands at {weight['first']}. Everything that this weight touches is not finite.",
+            f"The first is at index {weight['first']}. Everything that this weight touches is not finite.",
             "Go back to the last checkpoint without it, and stop training at the first gradient that is not finite.",
         )
 
@@ -92,7 +97,7 @@ def _steps(layers: list[dict[str, Any]]) -> Iterator[Finding]:
                 "critical",
                 layer["name"],
                 f"{layer['name']}: the step size Δ is not finite in {health['not_finite']} places",
-                f"The first is at (sequence, channel, token) {health['first']}; the tokens that came in were finite.",
+                f"The first is at index {health['first']} of (sequence, channel, token); what came in was finite.",
                 "Look at dt_proj's weights and bias, and clip Δ or lower the learning rate of dt_proj.",
             )
         elif delta["max"] is not None and delta["max"] > STEP_LARGE:
@@ -109,18 +114,38 @@ def _steps(layers: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def _rates(layers: list[dict[str, Any]]) -> Iterator[Finding]:
     for layer in layers:
-        rate = layer["memory"]["decay_rate"]
-        if rate["median"] is None or rate["median"] >= RATE_VANISHED:
+        memory = layer["memory"]
+        median, vanished, wrong = memory["decay_rate"]["median"], memory["vanished"], memory["not_decaying"]
+        if median is None or not vanished:
             continue
-        horizon = layer["memory"]["horizon"]["median"]
-        yield Finding(
-            "critical",
-            layer["name"],
-            f"{layer['name']}: A has been pushed to 0 (median decay rate {_n(rate['median'])})",
-            f"Nothing is forgotten: the median horizon is {_n(horizon)} tokens for {layer['shape']['tokens']} given, "
-            f"so the state is a running sum that grows with the sequence.",
-            "Keep A_log out of weight decay and check its learning rate; A = -exp(A_log) should stay near 1 to N.",
-        )
+        horizon = memory["horizon"]["median"]
+        kept = "Keep A_log out of weight decay and check its learning rate; A = -exp(A_log) should stay near 1 to N."
+        if memory["decay_rate"]["min"] < 0:
+            yield Finding(
+                "critical",
+                layer["name"],
+                f"{layer['name']}: A is not negative in {wrong:.0%} of its entries, up to "
+                f"{_n(-memory['decay_rate']['min'])}",
+                "There exp(ΔA) is above 1: the state grows with every token instead of forgetting.",
+                "Write A as -exp(A_log), or look for a sign lost when the weights were converted.",
+            )
+        elif median < RATE_VANISHED:
+            yield Finding(
+                "critical",
+                layer["name"],
+                f"{layer['name']}: A has been pushed to 0 (median decay rate {_n(median)})",
+                f"Nothing is forgotten: the median horizon is {_n(horizon)} tokens for {layer['shape']['tokens']} "
+                f"given, so the state is a running sum that grows with the sequence.",
+                kept,
+            )
+        elif vanished >= SOME_VANISHED:
+            yield Finding(
+                "warning",
+                layer["name"],
+                f"{layer['name']}: A has been pushed to 0 in {vanished:.0%} of its entries",
+                f"These states have decay rates below {RATE_VANISHED:g} and sum up all that they ever saw.",
+                kept,
+            )
 
 
 def _not_finite(layers: list[dict[str, Any]], origin: list[dict[str, Any]], explained: bool) -> Iterator[Finding]:
@@ -176,6 +201,14 @@ def _unexplained(layers: list[dict[str, Any]]) -> Iterator[Finding]:
                 "The layer computes something beside the scan that was seen, so its measurements may mislead.",
                 "Look at what it does between the scan and its output projection.",
             )
+        if layer["fused"] is not None and layer["fused"] > UNEXPLAINED:
+            yield Finding(
+                "warning",
+                layer["name"],
+                f"{layer['name']}: its fused path differs from its other one by {_n(layer['fused'])}",
+                "What was measured is of the other path, run beside the model on the same tokens.",
+                "Expect rounding alone; more means that the kernel computes something else than the layer's own words.",
+            )
 
 
 def _growth(layers: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -213,12 +246,13 @@ def _sinks(layers: list[dict[str, Any]]) -> Iterator[Finding]:
     tokens = Counter(token for layer in with_sinks for token in layer["attention"]["sinks"])
     strongest = max(with_sinks, key=lambda layer: layer["attention"]["top_sink"])
     token, count = tokens.most_common(1)[0]
+    places = f"{len(with_sinks)} of {len(layers)} layers"
     yield Finding(
         "note",
         strongest["name"],
-        f"Attention sinks in {len(with_sinks)} of {len(layers)} layers, most often token {token} ({count} layers)",
-        f"The strongest is token {strongest['attention']['top_token']} in {strongest['name']}: later tokens give it "
-        f"{strongest['attention']['top_sink']:.0%} of their attention on average.",
+        f"Attention sinks in {places}, most often token {token + 1} ({count} layer{'s' if count > 1 else ''})",
+        f"The strongest is token {strongest['attention']['top_token'] + 1} in {strongest['name']}: later tokens give "
+        f"it {strongest['attention']['top_sink']:.0%} of their attention on average.",
         "A sink carries weight only where the token's own value is large: compare with its contribution.",
     )
 
@@ -241,6 +275,38 @@ def _regimes(layers: list[dict[str, Any]]) -> Iterator[Finding]:
         "Judged from the signs and sizes of x_lᵀ M x_j and Δ along the sequences, not from eigenvalue counts.",
         advice,
     )
+
+
+def _agreement(layers: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Where the token dynamics of the scans predict what happened to the tokens, and where they do not."""
+    said = []
+    known = [layer["growth"] for layer in layers if layer["growth"]]
+    pairs = [(g["predicted"]["median"], g["measured"]["median"]) for g in known]
+    pairs = [(p, m) for p, m in pairs if p is not None and m is not None]
+    if pairs:
+        right = sum((p > 0) == (m > 0) for p, m in pairs)
+        said.append(
+            f"the sign of the median token's growth across the block is as predicted in {right} of {len(pairs)}"
+        )
+        correlation = rank_correlation(*(torch.tensor(values) for values in zip(*pairs, strict=True)))
+        if correlation is not None:
+            said.append(f"rank correlation over layers {correlation:.2f}")
+    spheres = [layer["sphere"] for layer in layers if layer["sphere"]]
+    towards = [sphere["agrees"] for sphere in spheres if "agrees" in sphere]
+    if towards:
+        said.append(f"most tokens turn to or from ±x₁ as predicted in {sum(towards)} of {len(towards)}")
+    poles = [sphere["towards_pole"] for sphere in spheres if sphere.get("towards_pole") is not None]
+    if poles:
+        right = sum(share > 0.5 for share in poles)
+        said.append(f"most tokens move towards their nearest stable pole in {right} of {len(poles)}")
+    if said:
+        yield Finding(
+            "note",
+            None,
+            "Theory beside measurement",
+            f"By layers: {'; '.join(said)}. Half is what chance would give.",
+            "The theory is of the scan alone; gates, projections and norms stand between it and the residual stream.",
+        )
 
 
 def _layer_of(name: str, layers: list[dict[str, Any]]) -> str | None:

@@ -3,6 +3,10 @@
 Hugging Face's Mamba, Falcon-Mamba and Jamba, mamba-ssm's Mamba, MambaVision's mixer. Hooks on their modules show the
 tokens, Δ's low-rank part, B, C and the output; Δ is that part times ``dt_proj``, which some of them apply as a module
 and some as a matrix.
+
+A fused path (mamba-ssm's, and transformers' in training with kernels) goes past these modules. It is left as it is, so
+that the model computes what it would compute; what hooks cannot see there is seen by running the mixer's other path on
+the same tokens beside it, whose output is compared with the fused one's.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def _family(module: nn.Module) -> str:
 
 def _watch(module: nn.Module, record: Callable[..., None]) -> Callable[[], None]:
     seen: dict[str, Tensor] = {}
+    call: list[Any] = []
 
     def of_output(key: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -56,14 +61,18 @@ def _watch(module: nn.Module, record: Callable[..., None]) -> Callable[[], None]
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.clear()
+        call[:] = [args, kwargs]
         first = args[0] if args else kwargs.get("hidden_states")
         if isinstance(first, Tensor):
             seen["hidden"] = first.detach()
 
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         if {"u", "projected", "y"} <= seen.keys():
             record(lambda: _captured(module, seen))
+        elif "hidden" in seen and isinstance(output, Tensor):
+            record(lambda: _beside(module, seen, call, output.detach()))
         seen.clear()
+        call.clear()
 
     handles = [
         module.register_forward_pre_hook(enter, with_kwargs=True),
@@ -75,18 +84,35 @@ def _watch(module: nn.Module, record: Callable[..., None]) -> Callable[[], None]
     for part in (*_NORMS, "in_proj", "dt_proj", "conv1d_z"):
         if isinstance(inner := getattr(module, part, None), nn.Module):
             handles.append(inner.register_forward_hook(of_output(part)))
-    # mamba-ssm's fused path goes past its own modules; its other path is the same function.
-    fused = getattr(module, "use_fast_path", None)
-    if fused:
-        module.use_fast_path = False  # type: ignore[assignment]
 
     def remove() -> None:
         for handle in handles:
             handle.remove()
-        if fused:
-            module.use_fast_path = fused
 
     return remove
+
+
+@torch.no_grad()
+def _beside(module: Any, seen: dict[str, Tensor], call: list[Any], output: Tensor) -> dict[str, Any] | None:
+    """The fields of :class:`Capture` by the mixer's unfused path on the same tokens; None if that shows nothing either.
+
+    mamba-ssm's path is chosen by ``use_fast_path``, transformers' by the mode of training.
+    """
+    args, kwargs = call
+    fast, training = getattr(module, "use_fast_path", None), module.training
+    try:
+        module.training = False
+        if fast is not None:
+            module.use_fast_path = False
+        again = module.forward(*args, **kwargs)
+    finally:
+        module.training = training
+        if fast is not None:
+            module.use_fast_path = fast
+    if not {"u", "projected", "y"} <= seen.keys():
+        return None
+    scale = output.abs().amax().clamp_min(torch.finfo(output.dtype).tiny)
+    return {**_captured(module, seen), "fused": float((again - output).abs().amax() / scale)}
 
 
 def _captured(module: Any, seen: dict[str, Tensor]) -> dict[str, Any]:
@@ -99,6 +125,7 @@ def _captured(module: Any, seen: dict[str, Tensor]) -> dict[str, Any]:
         low_rank, B, C = (seen[key].reshape(*shape, -1) for key in _NORMS)
     u = seen["u"].reshape(*shape, -1)
     exact = torch.promote_types(u.dtype, torch.float32)
+    maps = _projections(module, normalised)
     halves = "conv1d_z" in seen  # MambaVision: the scan's half beside the other, no gate
     pre = (module.dt_proj.weight @ low_rank.mT).detach()  # as these mixers multiply
     bias = module.dt_proj.bias
@@ -128,17 +155,49 @@ def _captured(module: Any, seen: dict[str, Tensor]) -> dict[str, Any]:
         "D": None if skip is None else (skip.float() if rounded else skip).to(exact),
         "z": None if z is None else z.to(exact),
         "y": y.to(exact),
-        "projections": _projections(module, normalised),
+        "projections": maps if maps.linear else None,
+        "notes": () if maps.linear else ("a norm that is no RMS norm follows B and C: their spectrum says nothing",),
     }
 
 
 def _projections(module: Any, normalised: bool) -> Projections:
     rank, state = module.dt_proj.in_features, module.A_log.shape[1]
     weight = module.x_proj.weight.detach()
+    S_B, S_C = weight[rank : rank + state], weight[rank + state : rank + 2 * state]
+    gains = norm_gains(module) if normalised else None
+    step_gain = None
+    if gains is not None:
+        step_gain, gain_B, gain_C = gains
+        S_B, S_C = gain_B[:, None] * S_B, gain_C[:, None] * S_C
     return Projections(
-        weight[rank : rank + state],
-        weight[rank + state : rank + 2 * state],
+        S_B,
+        S_C,
         (module.dt_proj.weight.detach(), weight[:rank]),
         normalised=normalised,
         biased=module.x_proj.bias is not None,
+        step_gain=step_gain,
+        linear=not normalised or gains is not None,
     )
+
+
+def norm_gains(module: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gains of the norms of Δ's low-rank part, B and C, if these are RMS norms, x ↦ g ∘ x / √(mean x² + ε); else None.
+
+    Told by what they do to two vectors, whatever their class.
+    """
+    sizes = (module.dt_proj.in_features, module.A_log.shape[1], module.A_log.shape[1])
+    found = []
+    like = module.x_proj.weight
+    for part, size in zip(_NORMS, sizes, strict=True):
+        norm = getattr(module, part)
+        probe = torch.linspace(1.0, 2.0, size, device=like.device).to(like.dtype)
+        with torch.no_grad():  # not by calling the module: hooks are not to see it
+            gain = norm.forward(probe) * probe.square().mean().sqrt() / probe
+            other = probe.flip(0) * torch.where(torch.arange(size, device=like.device) % 2 == 0, 3.0, -3.0).to(probe)
+            wanted = gain * other / other.square().mean().sqrt()
+            if not torch.allclose(norm.forward(other), wanted, rtol=0.02, atol=1e-3):
+                return None
+        weight = getattr(norm, "weight", None)
+        named = isinstance(weight, Tensor) and weight.shape == gain.shape and torch.allclose(weight, gain, rtol=0.02)
+        found.append(weight.detach() if isinstance(weight, Tensor) and named else gain)
+    return found[0], found[1], found[2]

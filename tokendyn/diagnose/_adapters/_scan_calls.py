@@ -105,7 +105,8 @@ def _captured(
         for name in ("initial_state", "seq_idx", "lengths")
         if options.get(name) is not None
     )
-    if getattr(module, "order", None) is not None:
+    reorders = getattr(module, "order", None) is not None
+    if reorders:
         notes = (*notes, "the layer orders its tokens: places are those of the sorted sequence")
     return {
         "u": u.detach(),
@@ -118,6 +119,7 @@ def _captured(
         "z": None if z is None else z.detach(),
         "y": y.detach(),
         "projections": _projections(module),
+        "reorders": reorders,
         "notes": notes,
     }
 

@@ -8,6 +8,7 @@ import torch
 
 from tokendyn.diagnose._capture import Capture
 from tokendyn.diagnose._measure._attention import measure_attention
+from tokendyn.diagnose._measure._growth import measure_growth
 from tokendyn.diagnose._measure._health import measure_health
 from tokendyn.diagnose._measure._memory import measure_memory
 from tokendyn.diagnose._measure._regime import measure_regime
@@ -35,14 +36,15 @@ def measure(capture: Capture, *, channels: tuple[int, ...] = (), sequences: int 
         "shape": {"sequences": capture.u.shape[0], "channels": capture.u.shape[1], "tokens": capture.u.shape[2]},
         "state": capture.B.shape[1],
         "notes": list(capture.notes),
+        "fused": capture.fused,
         "health": measure_health(capture),
         "spectrum": measure_spectrum(capture),
     }
-    finite = found["health"]["finite"]
     found["memory"] = measure_memory(capture)
-    for name, function in (("regime", measure_regime), ("sphere", measure_sphere)):
-        found[name] = function(capture) if finite else None
-    found["attention"] = measure_attention(capture, channels, sequences) if finite else None
+    flow = capture.state_output() if found["health"]["finite"] else None  # P x
+    for name, function in (("regime", measure_regime), ("growth", measure_growth), ("sphere", measure_sphere)):
+        found[name] = None if flow is None else function(capture, flow)
+    found["attention"] = None if flow is None else measure_attention(capture, channels, sequences)
     found["tokens"] = None if capture.tokens_out is None else measure_tokens(capture.tokens_out)
     found["tokens_in"] = None if capture.tokens_in is None else {"norm": quantiles(capture.tokens_in.norm(dim=-1))}
     return found

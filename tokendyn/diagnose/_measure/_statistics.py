@@ -27,3 +27,20 @@ def number(value: Tensor | float) -> float | None:
     """A Python float, None if it is not finite."""
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def rounded(value: float) -> float | None:
+    """Four significant digits, for long lists."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's correlation of two vectors; None where one of them is constant or short."""
+    from scipy.stats import rankdata
+
+    if a.numel() < 3:
+        return None
+    ranks = [torch.from_numpy(rankdata(v.double().cpu().numpy())) for v in (a, b)]
+    first, second = (r - r.mean() for r in ranks)
+    size = first.norm() * second.norm()
+    return float(first @ second / size) if size > 0 else None
