@@ -1,8 +1,13 @@
-"""The interactive page computes what the core computes: its JavaScript, run by Node, against the library."""
+"""The interactive page computes what the core computes, and shows it.
+
+Its JavaScript is run by Node against the library, and the page is opened in Chromium from a file, with no network; each
+part is skipped where there is none of these.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +21,7 @@ from tokendyn.core import flow_rhs, sphere_flow
 
 FOLDER = Path(__file__).parents[1] / "docs" / "_extra" / "explore"
 NODE = shutil.which("node")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RUN = """
 const { flow, attention, simulate } = require("./dynamics.js"), { classify } = require("./regimes.js");
 const finite = (key, value) => (typeof value === "number" && !Number.isFinite(value) ? String(value) : value);
@@ -30,7 +36,8 @@ console.log(JSON.stringify(answers, finite));
 LINES = 12
 SPACES = 4
 
-pytestmark = pytest.mark.skipif(NODE is None, reason="no Node on this machine")
+needs_node = pytest.mark.skipif(NODE is None, reason="no Node on this machine")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 
 def line_problem(case: int) -> dict[str, Any]:
@@ -104,6 +111,7 @@ def numbers(values: Any) -> np.ndarray:
     return np.array(values, dtype=object).astype(float)
 
 
+@needs_node
 @pytest.mark.parametrize("case", range(len(PROBLEMS)))
 def test_right_hand_side_and_attention(case: int, answers: list[dict[str, Any]]) -> None:
     space, problem = PROBLEMS[case]
@@ -114,6 +122,7 @@ def test_right_hand_side_and_attention(case: int, answers: list[dict[str, Any]])
     np.testing.assert_allclose(numbers(answers[case]["attention"]), trajectory.attention(0), rtol=1e-12, atol=1e-13)
 
 
+@needs_node
 @pytest.mark.parametrize("case", range(len(PROBLEMS)))
 def test_trajectory(case: int, answers: list[dict[str, Any]]) -> None:
     space, problem = PROBLEMS[case]
@@ -122,6 +131,7 @@ def test_trajectory(case: int, answers: list[dict[str, Any]]) -> None:
     np.testing.assert_allclose(numbers(answers[case]["tokens"]), expected.tokens, rtol=1e-6, atol=1e-7)
 
 
+@needs_node
 @pytest.mark.parametrize("case", range(LINES))
 def test_regime_on_the_line(case: int, answers: list[dict[str, Any]]) -> None:
     problem, found = PROBLEMS[case][1], answers[case]["regime"]
@@ -133,6 +143,7 @@ def test_regime_on_the_line(case: int, answers: list[dict[str, Any]]) -> None:
     assert all(found["explanation"])
 
 
+@needs_node
 @pytest.mark.parametrize("case", [i for i, (space, _) in enumerate(PROBLEMS) if space == "plane"])
 def test_regime_in_the_plane(case: int, answers: list[dict[str, Any]]) -> None:
     problem, found = PROBLEMS[case][1], answers[case]["regime"]
@@ -140,6 +151,7 @@ def test_regime_in_the_plane(case: int, answers: list[dict[str, Any]]) -> None:
     assert (found["kind"], found["certainty"], found["fates"]) == (regime.kind, regime.certainty, list(regime.fates))
 
 
+@needs_node
 @pytest.mark.parametrize("case", [i for i, (space, _) in enumerate(PROBLEMS) if space == "sphere"])
 def test_regime_on_the_sphere(case: int, answers: list[dict[str, Any]]) -> None:
     problem, found = PROBLEMS[case][1], answers[case]["regime"]
@@ -149,6 +161,7 @@ def test_regime_on_the_sphere(case: int, answers: list[dict[str, Any]]) -> None:
     np.testing.assert_allclose(numbers(found["rates"]), regime.rates, rtol=1e-10)
 
 
+@needs_node
 def test_blow_ups_end_when_the_library_says() -> None:
     problem: dict[str, Any] = {"mu": 1.0, "s_delta": 0.7, "a": 1.0, "bias": 0.0, "x0": [0.3, -1.0, 1.2]}
     found, expected = ask([("line", problem, [0.1, 10.0])])[0], tokendyn.simulate(**problem, t_end=10.0)
@@ -165,3 +178,96 @@ def test_the_problems_are_of_every_kind() -> None:
         "consensus",
         "repulsion",
     }
+
+
+PROBE = """
+<script>
+window.problems = [];
+addEventListener("error", (e) => problems.push(String(e.message)));
+</script>
+"""
+REPORT = """
+<script>
+addEventListener("load", () => {
+  const $ = (id) => document.getElementById(id), seen = {};
+  const change = (input, type = "change") => input.dispatchEvent(new Event(type));
+  const paths = () => [...document.querySelectorAll("#paths path.path")];
+  const drawn = () => paths().filter((path) => path.getAttribute("d").length > 10).length;
+  const press = (key) => $("paths").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  const state = () => JSON.parse(decodeURIComponent(location.hash.slice(1)));
+  for (const option of $("preset").options) {
+    $("preset").value = option.value; change($("preset"));
+    seen[option.value] = {
+      kind: document.querySelector(".kind").textContent, drawn: drawn(), code: $("python").textContent,
+      cells: $("attention").querySelectorAll("td[style]").length, tokens: state().x0.length };
+  }
+  $("preset").value = "Fast divergence"; change($("preset"));
+  const slider = $("parameters").querySelector("input[type=range]");
+  slider.value = -1; change(slider, "input");
+  const moved = document.querySelector(".kind").textContent;
+  $("add").click(); $("add").click(); $("remove").click();
+  const before = $("moment").textContent;
+  $("paths").focus();
+  for (let i = 0; i < 30; i++) press("ArrowRight");
+  const unnamed = [...document.querySelectorAll("input, select, button")].filter(
+    (e) => !(e.labels && e.labels.length) && !e.getAttribute("aria-label") && !e.textContent.trim());
+  const found = { problems, seen, moved, tokens: state().x0.length, walked: before !== $("moment").textContent,
+    focused: document.activeElement.id, unnamed: unnamed.map((e) => e.outerHTML),
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    widest: Math.max(...[...document.querySelectorAll("form, .card")].map((e) => e.getBoundingClientRect().right)),
+    scheme: getComputedStyle(document.body).backgroundColor };
+  const out = document.createElement("script"); out.type = "application/json"; out.id = "found";
+  out.textContent = JSON.stringify(found); document.body.append(out);
+});
+</script>
+"""
+
+
+def open_page(folder: Path, width: int, *flags: str, style: str = "") -> dict[str, Any]:
+    copied = shutil.copytree(FOLDER, folder / "explore")
+    page = (copied / "index.html").read_text(encoding="utf-8")
+    page = page.replace("</head>", f"{PROBE}</head>").replace("</body>", f"{REPORT}</body>")
+    (copied / "index.html").write_text(page.replace("<html", f'<html style="{style}"'), encoding="utf-8")
+    command = [
+        str(BROWSER),
+        *("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"),
+        "--proxy-server=127.0.0.1:9",  # nothing answers there: what would be fetched fails
+        f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={width},900",
+        *flags,
+        "--dump-dom",
+        (copied / "index.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    written = re.search(r'id="found">(.*?)</script>', done.stdout, re.DOTALL)
+    assert written is not None, done.stdout[-500:]
+    return json.loads(written.group(1))
+
+
+@needs_browser
+def test_every_example_shows_the_librarys_regime(tmp_path: Path) -> None:
+    found = open_page(tmp_path, 1200)
+    assert found["problems"] == []
+    assert len(found["seen"]) == 10
+    for name, shown in found["seen"].items():
+        regime = eval(shown["code"], {"tokendyn": tokendyn})  # what the page says the same in Python is
+        assert shown["kind"] == regime.kind, name
+        assert shown["drawn"] >= shown["tokens"], name
+        assert shown["cells"] == shown["tokens"] * (shown["tokens"] + 1) // 2, name
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_controls_keyboard_and_a_phones_width(dark: bool, tmp_path: Path) -> None:
+    """Chromium's window has a least width of 500; the page itself is narrowed to 390."""
+    flags = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    found = open_page(tmp_path, 500, *flags, style="width:390px")
+    assert found["problems"] == []
+    assert found["moved"] == "convergence"
+    assert found["tokens"] == 4
+    assert found["walked"]
+    assert found["focused"] == "paths"
+    assert found["unnamed"] == []
+    assert found["overflow"] <= 0
+    assert found["widest"] <= 390
+    assert found["scheme"] == ("rgb(20, 23, 27)" if dark else "rgb(251, 250, 247)")
