@@ -193,7 +193,7 @@ addEventListener("load", () => {
   const change = (input, type = "change") => input.dispatchEvent(new Event(type));
   const paths = () => [...document.querySelectorAll("#paths path.path")];
   const drawn = () => paths().filter((path) => path.getAttribute("d").length > 10).length;
-  const press = (key) => $("paths").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  const pressed = (key) => new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
   const state = () => JSON.parse(decodeURIComponent(location.hash.slice(1)));
   for (const option of $("preset").options) {
     $("preset").value = option.value; change($("preset"));
@@ -208,7 +208,7 @@ addEventListener("load", () => {
   $("add").click(); $("add").click(); $("remove").click();
   const before = $("moment").textContent;
   $("paths").focus();
-  for (let i = 0; i < 30; i++) press("ArrowRight");
+  for (let i = 0; i < 30; i++) $("paths").dispatchEvent(pressed("ArrowRight"));
   const unnamed = [...document.querySelectorAll("input, select, button")].filter(
     (e) => !(e.labels && e.labels.length) && !e.getAttribute("aria-label") && !e.textContent.trim());
   const found = { problems, seen, moved, tokens: state().x0.length, walked: before !== $("moment").textContent,
