@@ -38,9 +38,9 @@ ENTRIES = {
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
     """The model in a folder, a safetensors file or a hub repository, and inputs that come with it (or None).
 
-    A folder with ``config.json`` holds a language model of ours, of mamba-ssm or of transformers; one without holds
-    projections (:func:`load_projections`). A hub name such as ``state-spaces/mamba-130m-hf`` is fetched by
-    transformers, where the network allows it.
+    A folder with ``config.json`` holds a language model of ours, of mamba-ssm or of transformers (and what
+    :meth:`Refinement.save` put beside it is put on again); one without holds projections (:func:`load_projections`). A
+    hub name such as ``state-spaces/mamba-130m-hf`` is fetched by transformers, where the network allows it.
 
     Args:
         path: folder, file, or ``owner/name``.
@@ -54,7 +54,12 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modu
     place = Path(path)
     if place.is_dir() or place.is_file():
         if place.is_dir() and (place / "config.json").exists():
-            return _language_model(place, dtype), None
+            model = _language_model(place, dtype)
+            if (place / "refinement.json").exists():
+                from tokendyn.diagnose._refine import refine
+
+                refine(model, saved=place)
+            return model, None
         return load_projections(place, dtype=dtype)
     if _HUB_NAME.fullmatch(str(path)):
         return _from_transformers(str(path), dtype, local=False), None
