@@ -172,7 +172,7 @@ def test_parameters_of_the_scan_stay_exact(dtype: torch.dtype, monkeypatch: pyte
         ),
         (lambda: tt.S6(8)(torch.ones(5, 8)), ShapeError, "expected"),
         (
-            lambda: tt.S6(8, order="hard")(torch.ones(2, 5, 8), lengths=torch.tensor([5, 3])),
+            lambda: tt.S6(8, order="hard")(torch.ones(1, 5, 8), seq_idx=torch.tensor([[0, 0, 0, 1, 1]])),
             OptionError,
             "order each sequence by itself",
         ),

@@ -18,8 +18,8 @@ from tokendyn._layers import OrderConfig
 from tokendyn.errors import OptionError
 from tokendyn.experiments import _cli
 from tokendyn.experiments._config import TrainConfig, differences
+from tokendyn.experiments._order_arms import ARMS, Arm, describe_order, resolve_arm
 from tokendyn.experiments.imagenet.__main__ import main
-from tokendyn.experiments.imagenet._arms import ARMS, Arm, describe_order, resolve_arm
 from tokendyn.experiments.imagenet._config import PRESETS, ImageNetConfig
 
 # The flags that users have. To remove or rename one breaks their scripts: say so in the change log.

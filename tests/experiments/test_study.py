@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from tokendyn import token_order
 from tokendyn.backends.torch import models
 from tokendyn.experiments import _cli
 from tokendyn.experiments._checkpoint import read_tensors
+from tokendyn.experiments._order_arms import ARMS
+from tokendyn.experiments._order_measures import measure_orders
 from tokendyn.experiments._records import read_records
 from tokendyn.experiments._signals import StopSignals
 from tokendyn.experiments.imagenet.__main__ import main
-from tokendyn.experiments.imagenet._arms import ARMS
 from tokendyn.experiments.imagenet._measures import (
     CLUSTER_COSINE,
     measure_mechanism,
-    measure_orders,
     shuffled_orders,
 )
 from tokendyn.experiments.imagenet._page import conclusion
@@ -167,6 +168,16 @@ def test_a_study_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixt
         with Image.open(out / "figures" / f"{name}.png") as image:
             assert np.asarray(image.convert("L")).std() > 5
     assert str(out / "report.md") in capsys.readouterr().out
+
+    shutil.rmtree(out / "annealed" / "seed-1")  # as if time had been up before this run
+    assert main([*command, "--resume", "auto", "--max-minutes", "0"]) == 128 + 14
+    printed = capsys.readouterr()
+    assert "1 of 2 seeds are finished in all arms" in printed.err
+    assert "held-out results, one seed (of 2 planned)" in printed.out
+    result = json.loads((out / "result.json").read_bytes())
+    assert (result["seeds"], result["seeds_planned"]) == ([0], [0, 1])
+    assert len(result["arms"]["published"]["held_out"]["accuracy"]["values"]) == 1
+    assert "; 1 seed (of 2 planned), each with" in (out / "report.md").read_text()
 
 
 def test_where_images_are_kept_changes_no_bit(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tokendyn.experiments._config import (
     expect_within,
     to_json,
 )
-from tokendyn.experiments.imagenet._arms import resolve_arm
+from tokendyn.experiments._order_arms import resolve_arm
 
 MODELS = ("mambavision_16px", "mambavision_32px", "mambavision_64px", "mambavision_t")
 
@@ -223,7 +223,7 @@ def study() -> ImageNetConfig:
             checkpoint_every=195,
         ),
         compute=ComputeConfig(threads=1, precision="bfloat16", channels_last=True, deterministic=False),
-        run=RunConfig(jobs=8),
+        run=RunConfig(jobs=None),
     )
 
 
@@ -243,7 +243,7 @@ def study_64px() -> ImageNetConfig:
             checkpoint_every=365,
         ),
         compute=ComputeConfig(threads=1, precision="bfloat16", channels_last=True, deterministic=False),
-        run=RunConfig(jobs=8),
+        run=RunConfig(jobs=None),
     )
 
 

@@ -12,29 +12,21 @@ from torch import Tensor, nn
 
 from tokendyn import Order, token_order
 from tokendyn._layers import OrderConfig
-from tokendyn.backends.torch.layers import OrderRecord, TokenOrdering, record_orders
+from tokendyn.backends.torch.layers import TokenOrdering, record_orders
 from tokendyn.backends.torch.layers._ordering import RandomOrdering, ScoreOrdering
 from tokendyn.backends.torch.models._mambavision_blocks import MixerBlock
+from tokendyn.experiments._order_measures import of_order
 
-ORDER_MEASURES = ("tokens", "effective_tokens", "variance_kept", "score_deviation")
 MECHANISM_MEASURES = ("score_gradient", "direction_share", "agreement_class", "agreement_all", "agreement_raster")
 TOKEN_MEASURES = ("pairwise_cosine", "first_cosine", "clusters")
 CLUSTER_COSINE = 0.9  # tokens at least so alike to the first of a cluster belong to it
-
-
-def measure_orders(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
-    """By ordering module (those that ordered anything): :data:`ORDER_MEASURES`, means over sequences and places."""
-    with torch.no_grad(), record_orders(model) as records:
-        if records:
-            model(inputs)
-    return {name: _of_order(found[0]) for name, found in records.items() if found}
 
 
 def measure_mechanism(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, dict[str, dict[str, float]]]:
     """More on the orders, and on the tokens, from one forward and backward pass over ``inputs``.
 
     Returns:
-        ``orders``: by ordering module, for orders by score, :data:`ORDER_MEASURES` and
+        ``orders``: by ordering module, for orders by score, :data:`~.._order_measures.ORDER_MEASURES` and
 
         - ``score_gradient``: how the loss of an image reacts to its scores: norm over the tokens of its gradient
           towards them, times their deviation (so that their scale does not matter); mean over sequences.
@@ -66,7 +58,7 @@ def measure_mechanism(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[
     finally:
         for handle in handles:
             handle.remove()
-    orders = {name: _of_order(found[0]) for name, found in records.items() if found}
+    orders = {name: of_order(found[0]) for name, found in records.items() if found}
     if live:
         named = {name: value for name, value in model.named_parameters() if value.requires_grad}
         wanted = [*(order.scores for order in live.values()), *named.values()]
@@ -139,15 +131,6 @@ def _keep(place: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], N
 def _deal(_: nn.Module, __: Any, order: Order) -> Order:
     dealt = order.scores.gather(1, torch.rand_like(order.scores).argsort(dim=1))
     return token_order(dealt, order.method, tau=order.tau, power=order.power, ascending=order.ascending)
-
-
-def _of_order(record: OrderRecord) -> dict[str, float]:
-    return {
-        "tokens": record.order.scores.shape[1],
-        "effective_tokens": record.effective_tokens.mean().item(),
-        "variance_kept": record.variance_kept.mean().item(),
-        "score_deviation": record.order.scores.std(dim=1, correction=0).mean().item(),
-    }
 
 
 def _agreement(indices: Tensor, labels: Tensor) -> dict[str, float]:

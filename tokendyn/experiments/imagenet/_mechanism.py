@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._drawing import COLOURS, STYLE, draw_band
 from tokendyn.experiments._files import write_with
+from tokendyn.experiments._order_figure import LINES
 from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._task import KEEPSAKES
-from tokendyn.experiments.imagenet._figure import LINES, draw_places, label_row
+from tokendyn.experiments.imagenet._figure import draw_places, label_row
 from tokendyn.experiments.imagenet._images import Images
 from tokendyn.experiments.imagenet._task import stage_of
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokendyn.experiments._files import write_bytes
-from tokendyn.experiments.imagenet._arms import describe_order, resolve_arm
+from tokendyn.experiments._order_arms import describe_order, resolve_arm
+from tokendyn.experiments._run_folder import of_planned
 from tokendyn.experiments.imagenet._task import stage_of
 
 Result = dict[str, Any]
@@ -27,10 +28,10 @@ def page(result: Result) -> list[str]:
     reference = next(iter(arms))
     return [
         f"# Does order help? {result['data']['train']:,} training images, {result['data']['classes']} classes",
-        f"{result['data']['held_out']:,} held-out images; {seeds} seed{'s' if seeds > 1 else ''}, each with the same "
-        f"data order, crops and initial weights in all arms. Differences are taken seed by seed; the interval is the "
-        f"95 % one of their mean (Student's t). Each misses the truth with a chance of 5 %, so at least one of the "
-        f"{len(arms) - 1} does with a chance of up to {min(100, 5 * (len(arms) - 1))} %.",
+        f"{result['data']['held_out']:,} held-out images; {seeds} seed{'s' if seeds > 1 else ''}{of_planned(result)}, "
+        f"each with the same data order, crops and initial weights in all arms. Differences are taken seed by seed; "
+        f"the interval is the 95 % one of their mean (Student's t). Each misses the truth with a chance of 5 %, so at "
+        f"least one of the {len(arms) - 1} does with a chance of up to {min(100, 5 * (len(arms) - 1))} %.",
         " ".join(conclusion(result)),
         _table(
             ["arm", "order", "accuracy %", f"minus {reference}, points", "95 % interval", "shuffled at test time %"],

@@ -15,19 +15,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokendyn.backends.torch import models
 from tokendyn.backends.torch.layers import record_orders
-from tokendyn.backends.torch.layers._ordering import ScoreOrdering
 from tokendyn.errors import DataError, OptionError
 from tokendyn.experiments._distributed import Group, current_group
+from tokendyn.experiments._order_arms import Arm, resolve_arm
+from tokendyn.experiments._order_measures import measure_orders
 from tokendyn.experiments._signals import leave_signals_to_parent
 from tokendyn.experiments._task import Batch
-from tokendyn.experiments.imagenet._arms import Arm, resolve_arm
 from tokendyn.experiments.imagenet._batches import Augmentation, crop, plan_batch, readable_batch
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, ImageSet
 from tokendyn.experiments.imagenet._measures import (
     expected_places,
     measure_mechanism,
-    measure_orders,
     shuffled_orders,
 )
 from tokendyn.experiments.imagenet._timm import augment, mix, timm_data
@@ -81,10 +80,7 @@ class ImageTask:
 
     def set_progress(self, model: nn.Module, progress: float) -> None:
         """Set the temperature that the arm's schedule asks for."""
-        if self.arm.final_tau is not None:
-            for module in model.modules():
-                if isinstance(module, ScoreOrdering):
-                    module.tau = self.arm.tau(progress)
+        self.arm.set_progress(model, progress)
 
     @property
     def _augmentation(self) -> Augmentation:

@@ -29,7 +29,7 @@ from tokendyn.errors import OptionError
 from tokendyn.experiments import _cli
 from tokendyn.experiments._config import TrainConfig
 from tokendyn.experiments._optim import learning_rate
-from tokendyn.experiments.imagenet._arms import resolve_arm
+from tokendyn.experiments._order_arms import resolve_arm
 from tokendyn.experiments.imagenet._config import PRESETS, ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, ImageSet
 from tokendyn.experiments.imagenet._run import load_images

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokendyn import _checks as check
 from tokendyn.backends.torch.layers._ordering import expect_tokens
+from tokendyn.backends.torch.layers._packing import by_sequence
 from tokendyn.errors import OptionError
 
 
@@ -46,9 +47,12 @@ class CausalAttention(nn.Module):
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, L, d_model) → (b, L, d_model)."""
+    def forward(self, x: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
+        """(b, L, d_model) → (b, L, d_model); with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
+        at the cost of (sequences, longest of them)."""
         expect_tokens("CausalAttention", x, self.d_model)
+        if seq_idx is not None:
+            return by_sequence(self, x, seq_idx)
         q, k, v = self._heads(x, torch.arange(x.shape[1], device=x.device))
         return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokendyn import _checks as check
 from tokendyn.backends.torch.layers._ordering import expect_tokens
+from tokendyn.backends.torch.layers._packing import by_sequence
 from tokendyn.backends.torch.ops._precision import without_autocast
 from tokendyn.errors import OptionError
 
@@ -80,9 +81,12 @@ class H3(nn.Module):
         for kept in (self.shift, self.log_A_real, self.A_imag, self.C):
             setattr(kept, "_no_weight_decay", True)  # noqa: B010
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, L, d_model) → (b, L, d_model)."""
+    def forward(self, x: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
+        """(b, L, d_model) → (b, L, d_model); with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
+        at the cost of (sequences, longest of them)."""
         expect_tokens("H3", x, self.d_model)
+        if seq_idx is not None:
+            return by_sequence(self, x, seq_idx)
         q, u, _ = self._gated(x)
         return self.out_proj(q * self._convolve(u).to(q.dtype))
 

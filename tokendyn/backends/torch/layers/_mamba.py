@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch.layers._ordering import expect_tokens
+from tokendyn.backends.torch.layers._packing import sequence_starts
 from tokendyn.backends.torch.layers._s6 import S6
 from tokendyn.errors import OptionError, ShapeError
 
@@ -37,7 +38,7 @@ class Mamba(S6):
         scalar_A, io_regime, io_form: see :class:`S6`; all but their defaults change names or shapes of parameters.
         order: see :class:`S6`; adds the parameter ``order.K`` (d_inner,). The score (14) is taken from the convolved
             x, the order applied to x and so to Δ, B, C, and the gate treated as the configuration says. A block that
-            orders its tokens is **not causal**, so a language model must not use it.
+            orders its tokens is **not causal**: see :class:`~tokendyn.torch.models.MambaLM` for orders that are.
         device, dtype: of the parameters; A_log, D stay in float32 where dtype is a half precision.
 
     Shapes:
@@ -108,28 +109,47 @@ class Mamba(S6):
             )
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **options)
 
-    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        inference_params: Any = None,
+        *,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """(b, L, d_model) → (b, L, d_model).
 
         Args:
             hidden_states: tokens.
             inference_params: mamba-ssm's cache (``seqlen_offset``, ``key_value_memory_dict``), for decoding token by
                 token after a prompt; refused by a block that orders its tokens.
+            seq_idx: (b, L) integers, optional: sequences packed end to end, each by itself; another begins wherever the
+                value differs from the one before it. Refused by a block that orders its tokens.
+            lengths: (b,) integers, optional: sequences padded on the right. The padding, whatever it holds, changes
+                nothing before it.
         """
         expect_tokens("Mamba", hidden_states, self.d_model)
         if inference_params is not None:
+            if seq_idx is not None or lengths is not None:
+                raise OptionError("Mamba: inference_params came with seq_idx or lengths; decode whole sequences only")
             return self._decode(hidden_states, inference_params)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = self.convolve(x)
-        order = self.token_order(x)
-        if order is None or self.order is None:
-            return self.out_proj(self.scan(x, z))
+        return self.out_proj(self.mix(self.convolve(x, seq_idx), z, seq_idx=seq_idx, lengths=lengths))
+
+    def mix(self, x: Tensor, z: Tensor, *, seq_idx: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """S6(x) ∘ silu(z) of x and z (b, L, d_inner), in the order that ``order=`` asks for."""
+        if self.order is None:
+            return self.scan(x, z, seq_idx=seq_idx, lengths=lengths)
+        self.expect_unpacked(seq_idx)
+        order = self.token_order(x, lengths)
+        if order is None:
+            return self.scan(x, z, lengths=lengths)
         x = order.apply(x)
         if self.order.config.restore:
-            return self.out_proj(order.restore(self.scan(x)) * F.silu(z))
+            return order.restore(self.scan(x, lengths=lengths)) * F.silu(z)
         if self.order.config.reorder_gate:
             z = order.apply(z)
-        return self.out_proj(self.scan(x, z))
+        return self.scan(x, z, lengths=lengths)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any
@@ -167,19 +187,31 @@ class Mamba(S6):
                 f"call forward for a whole prompt"
             )
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if self.conv1d is not None:
-            conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
-            x = F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner).mT
-        x = F.silu(x)
+        x = self.convolve_next(x, conv_state)
         y, state = self.update(ssm_state, x[:, 0], z[:, 0])
         ssm_state.copy_(state)
         return self.out_proj(y.unsqueeze(1)), conv_state, ssm_state
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it."""
+    def convolve(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it in its sequence."""
         if self.conv1d is None:
             return F.silu(x)
-        return F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+        if seq_idx is None:
+            return F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+        number = sequence_starts(seq_idx).cumsum(1)
+        taps = self.conv1d.weight.squeeze(1).to(x.dtype)  # (d_inner, d_conv), the newest token's last
+        out = x * taps[:, -1]
+        for age in range(1, min(taps.shape[1], x.shape[1])):
+            same = (number[:, age:] == number[:, :-age]).unsqueeze(-1)
+            out = out + F.pad(torch.where(same, x[:, :-age], 0.0) * taps[:, -1 - age], (0, 0, age, 0))
+        return F.silu(out if self.conv1d.bias is None else out + self.conv1d.bias.to(x.dtype))
+
+    def convolve_next(self, x: Tensor, conv_state: Tensor) -> Tensor:
+        """One token (b, 1, d_inner) of :meth:`convolve`; ``conv_state`` is advanced in place."""
+        if self.conv1d is not None:
+            conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
+            x = F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner).mT
+        return F.silu(x)
 
     def _expect_decodable(self) -> None:
         if self.order is not None:

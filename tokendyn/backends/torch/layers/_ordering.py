@@ -18,14 +18,16 @@ from tokendyn import _checks as check
 from tokendyn import _operations as ops
 from tokendyn._layers import OrderConfig
 from tokendyn._order import Order
+from tokendyn.backends.torch.ops._scan_plain import valid_tokens
 
 
 class TokenOrdering(nn.Module):
-    """Base of all ways to order tokens; ``forward(x, *s_delta) -> Order | None``.
+    """Base of all ways to order tokens; ``forward(x, *s_delta, lengths=None) -> Order | None``.
 
     Args of ``forward``:
         x: (b, L, d) the tokens to be ordered.
         s_delta: factors of S_Δ, left to right, the last one (·, d); none for mixers without a step size.
+        lengths: (b,) of sequences padded on the right: the padding stays behind the tokens and is averaged with none.
 
     Attributes:
         config: the :class:`~tokendyn.OrderConfig`; mixers read ``restore`` and ``reorder_gate`` from it.
@@ -35,7 +37,7 @@ class TokenOrdering(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, x: Tensor, *s_delta: Tensor) -> Order | None:
+    def forward(self, x: Tensor, *s_delta: Tensor, lengths: Tensor | None = None) -> Order | None:
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -73,7 +75,7 @@ class ScoreOrdering(TokenOrdering):
         self.K = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.K, std=0.02)
 
-    def forward(self, x: Tensor, *s_delta: Tensor) -> Order:
+    def forward(self, x: Tensor, *s_delta: Tensor, lengths: Tensor | None = None) -> Order:
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             direction = self.K.to(dtype)
@@ -81,10 +83,8 @@ class ScoreOrdering(TokenOrdering):
                 direction = direction @ factor.to(dtype)
             scores = ops.importance_score(x.to(dtype), None, direction)
             if self.config.normalize:
-                scores = unit_deviation(scores)
-        return ops.token_order(
-            scores, self.config.method, tau=self.tau, power=self.config.power, ascending=self.config.ascending
-        )
+                scores = unit_deviation(scores, lengths)
+        return order_by(scores, lengths, self.config.method, self.tau, self.config.power, self.config.ascending)
 
     def extra_repr(self) -> str:
         return f"{self.config}, tau={self.tau}"
@@ -99,10 +99,10 @@ class RandomOrdering(TokenOrdering):
     def __init__(self, config: OrderConfig, width: int, **_: object) -> None:
         super().__init__(config)
 
-    def forward(self, x: Tensor, *s_delta: Tensor) -> Order | None:
+    def forward(self, x: Tensor, *s_delta: Tensor, lengths: Tensor | None = None) -> Order | None:
         if not self.training:
             return None
-        return ops.token_order(torch.rand(x.shape[:2], device=x.device), "hard")
+        return order_by(torch.rand(x.shape[:2], device=x.device), lengths, "hard")
 
 
 class ReversedOrdering(TokenOrdering):
@@ -111,9 +111,9 @@ class ReversedOrdering(TokenOrdering):
     def __init__(self, config: OrderConfig, width: int, **_: object) -> None:
         super().__init__(config)
 
-    def forward(self, x: Tensor, *s_delta: Tensor) -> Order:
+    def forward(self, x: Tensor, *s_delta: Tensor, lengths: Tensor | None = None) -> Order:
         places = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
-        return ops.token_order(places.expand(x.shape[:2]), "hard", ascending=False)
+        return order_by(places.expand(x.shape[:2]), lengths, "hard", ascending=False)
 
 
 class MeanOrdering(TokenOrdering):
@@ -122,9 +122,9 @@ class MeanOrdering(TokenOrdering):
     def __init__(self, config: OrderConfig, width: int, **_: object) -> None:
         super().__init__(config)
 
-    def forward(self, x: Tensor, *s_delta: Tensor) -> Order:
+    def forward(self, x: Tensor, *s_delta: Tensor, lengths: Tensor | None = None) -> Order:
         scores = x.new_zeros(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
-        return ops.token_order(scores, "softsort")
+        return order_by(scores, lengths, "softsort")
 
 
 METHODS: dict[str, type[ScoreOrdering] | type[RandomOrdering] | type[ReversedOrdering] | type[MeanOrdering]] = {
@@ -149,14 +149,38 @@ def make_ordering(
     return None if config is None else METHODS[config.method](config, width, device=device, dtype=dtype)
 
 
-def unit_deviation(scores: Tensor) -> Tensor:
-    """Scores (b, L) moved to mean 0 and standard deviation 1 in every sequence.
+def order_by(
+    scores: Tensor,
+    lengths: Tensor | None,
+    method: str,
+    tau: float = 1.0,
+    power: float = 1.0,
+    ascending: bool = True,
+) -> Order:
+    """:func:`tokendyn.token_order`; with ``lengths`` the padding lies behind all tokens, so far off that it has no part
+    in their averages: its weights are 0 exactly, in float64 too."""
+    if lengths is not None:
+        valid = valid_tokens(lengths, scores.shape[1])
+        largest = torch.where(valid, scores.detach(), 0.0).abs().amax(dim=1, keepdim=True)
+        behind = 2 * largest + (1000 * tau) ** (1 / power)  # e^-1000 is 0
+        scores = torch.where(valid, scores, behind if ascending else -behind)
+    return ops.token_order(scores, method, tau=tau, power=power, ascending=ascending)
+
+
+def unit_deviation(scores: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Scores (b, L) moved to mean 0 and standard deviation 1 in every sequence, the padding behind it left out.
 
     Where a sequence's scores differ by no more than rounding, as on a uniform image, they are centred only: no noise is
     blown up into an order, and value and gradient stay finite.
     """
-    centred = scores - scores.mean(dim=1, keepdim=True)
-    variance = centred.square().mean(dim=1, keepdim=True)
+    if lengths is None:
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)
+    else:
+        valid, count = valid_tokens(lengths, scores.shape[1]), lengths.clamp(min=1).unsqueeze(1)
+        scores = torch.where(valid, scores, 0.0)
+        centred = torch.where(valid, scores - scores.sum(dim=1, keepdim=True) / count, 0.0)
+        variance = centred.square().sum(dim=1, keepdim=True) / count
     with torch.no_grad():
         rounding = 8 * torch.finfo(scores.dtype).eps * scores.abs().amax(dim=1, keepdim=True)
         spread = variance > rounding.square()

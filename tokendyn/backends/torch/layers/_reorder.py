@@ -59,9 +59,12 @@ class TokenReorder(nn.Module):
 
         Raises:
             ShapeError: x has another number of axes or channels.
+            OptionError: ``seq_idx``, packed sequences, which the order would mix.
         """
         expect_tokens("TokenReorder", x, self.d_model)
-        order = self.order(x)
+        if kwargs.get("seq_idx") is not None:
+            raise OptionError("TokenReorder: seq_idx was given, but it would sort tokens across sequences; unpack them")
+        order = self.order(x, lengths=kwargs.get("lengths"))
         if order is None:
             return self.mixer(x, *args, **kwargs)
         y = self.mixer(order.apply(x), *args, **kwargs)

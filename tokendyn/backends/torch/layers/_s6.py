@@ -133,9 +133,17 @@ class S6(nn.Module):
         """(d,) the bias inside the softplus of Δ."""
         return self.dt_proj.bias
 
-    def token_order(self, x: Tensor) -> Order | None:
+    def token_order(self, x: Tensor, lengths: Tensor | None = None) -> Order | None:
         """The order of the tokens x (b, L, d) that this layer's ``order=`` asks for, or None."""
-        return None if self.order is None else self.order(x, *self.s_delta())
+        return None if self.order is None else self.order(x, *self.s_delta(), lengths=lengths)
+
+    def expect_unpacked(self, seq_idx: Tensor | None) -> None:
+        """Refuse packed sequences on behalf of an order that would mix them."""
+        if seq_idx is not None:
+            raise OptionError(
+                f"{type(self).__name__}: seq_idx was given to a layer with order=, which would sort tokens across "
+                f"sequences; order each sequence by itself"
+            )
 
     def scan(self, x: Tensor, z: Tensor | None = None, **options: Any) -> Any:
         """Scan x (b, L, d), gated by z (b, L, d) if given, in the order in which it comes.
@@ -197,21 +205,18 @@ class S6(nn.Module):
 
         Raises:
             ShapeError: x has another number of axes or channels.
-            OptionError: ``seq_idx`` or ``lengths`` on a layer that orders its tokens across them.
+            OptionError: ``seq_idx`` on a layer that orders its tokens across sequences.
         """
         expect_tokens("S6", x, self.d_inner)
-        if self.order is not None and (seq_idx is not None or lengths is not None):
-            raise OptionError(
-                "S6: seq_idx or lengths was given to a layer with order=, which would sort tokens across sequences and "
-                "into padding; order each sequence by itself"
-            )
+        if self.order is not None:
+            self.expect_unpacked(seq_idx)
         options = {
             "initial_state": initial_state,
             "return_last_state": return_last_state,
             "seq_idx": seq_idx,
             "lengths": lengths,
         }
-        order = self.token_order(x)
+        order = self.token_order(x, lengths)
         if order is None:
             return self.scan(x, **options)
         out = self.scan(order.apply(x), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokendyn.backends.torch.layers import H3
-from tokendyn.backends.torch.models._language import Block, LanguageModel, LanguageModelConfig, Mlp
+from tokendyn.backends.torch.models._language import Block, LanguageModel, LanguageModelConfig, Mlp, reordered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,4 +46,6 @@ class H3LM(LanguageModel[H3LMConfig]):
     def make_block(self, index: int) -> Block:
         config = self.config
         mixer = H3(config.d_model, config.d_state, config.d_shift, bias=config.bias)
-        return Block(config, mixer, Mlp(config.d_model, int(config.d_model * config.mlp_ratio), config.bias))
+        return Block(
+            config, reordered(mixer, config), Mlp(config.d_model, int(config.d_model * config.mlp_ratio), config.bias)
+        )

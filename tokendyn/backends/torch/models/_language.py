@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokendyn import _checks as check
+from tokendyn._layers import OrderConfig
+from tokendyn.backends.torch.layers import TokenReorder
 from tokendyn.errors import OptionError, ShapeError
 
 Norm = Literal["rms", "layer", "none"]
+OrderScope = Literal["sequence", "chunks", "groups", "window"]
 Cache = list[tuple[Tensor, ...]]
 _LOSS_TOKENS = 4096  # tokens whose logits are in memory at one time
 
@@ -35,6 +38,15 @@ class LanguageModelConfig:
         dropout: of every branch before it is added to the residual stream.
         head_dropout: once, before the head (where paper 1's public code has its only dropout).
         share_layers: one block's weights for all ``n_layer`` of them (paper 1, Table 10).
+        order: the order of every mixer, an :class:`~tokendyn.OrderConfig`, ``"published"`` or a method's name; None for
+            tokens as they come.
+        order_scope: what is ordered. ``"sequence"``: all tokens of the sequence before the mixer, by the layers'
+            ``order=`` or :class:`~tokendyn.torch.TokenReorder`, so that earlier outputs see later tokens: such a model
+            has the attribute ``causal = False``. The others are causal, and MambaLM's alone. ``"chunks"``: each chunk
+            of ``order_chunk`` tokens, after it was read, for the memory of it. ``"groups"``: in each token
+            ``order_groups`` groups of channels, before the scan. ``"window"``: at each token it and the d_conv - 1
+            before it, in the convolution.
+        order_chunk, order_groups: see ``order_scope``.
     """
 
     vocab_size: int
@@ -48,15 +60,27 @@ class LanguageModelConfig:
     dropout: float = 0.0
     head_dropout: float = 0.0
     share_layers: bool = False
+    order: OrderConfig | str | None = None
+    order_scope: OrderScope = "sequence"
+    order_chunk: int = 64
+    order_groups: int = 8
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for size in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple"):
+        for size in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple", "order_chunk", "order_groups"):
             check.expect_size(name, size, getattr(self, size))
         check.expect_choice(name, "norm", self.norm, ("rms", "layer", "none"))
+        check.expect_choice(name, "order_scope", self.order_scope, get_args(OrderScope))
+        order = OrderConfig(**self.order) if isinstance(self.order, dict) else self.order  # a dict: out of config.json
+        object.__setattr__(self, "order", OrderConfig.of(order))
         for rate in ("dropout", "head_dropout"):
             if not 0 <= getattr(self, rate) < 1:
                 raise OptionError(f"{name}: {rate} is {getattr(self, rate)!r}, expected 0 <= rate < 1")
+
+    @property
+    def causal(self) -> bool:
+        """No output sees a later token."""
+        return self.order is None or self.order_scope != "sequence"
 
     @property
     def rows(self) -> int:
@@ -123,11 +147,28 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def reordered(mixer: nn.Module, config: LanguageModelConfig) -> nn.Module:
+    """``mixer`` with the order of ``config`` around it, if there is one.
+
+    Raises:
+        OptionError: the order is inside a mixer, and this one has none.
+    """
+    if config.order is None:
+        return mixer
+    if config.order_scope != "sequence":
+        raise OptionError(
+            f"{type(config).__name__}: order_scope is {config.order_scope!r}, which MambaLM alone has; expected "
+            f"'sequence', or order=None"
+        )
+    return TokenReorder(mixer, config.d_model, config.order)
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), and if there is an ``mlp`` then x + mlp(norm2(x)).
 
-    A mixer maps (b, L, D) to (b, L, D) causally, and decodes by ``allocate_inference_cache(b, L)``, ``prefill(x,
-    *states)`` and ``step(x, *states)``, the last two returning the output and then the states.
+    A mixer maps (b, L, D) to (b, L, D), takes ``seq_idx`` where sequences are packed, and decodes by
+    ``allocate_inference_cache(b, L)``, ``prefill(x, *states)`` and ``step(x, *states)``, the last two returning the
+    output and then the states.
     """
 
     def __init__(self, config: LanguageModelConfig, mixer: nn.Module, mlp: nn.Module | None = None) -> None:
@@ -138,8 +179,9 @@ class Block(nn.Module):
         self.mlp = mlp
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._through_mlp(x + self.dropout(self.mixer(self.norm(x))))
+    def forward(self, x: Tensor, **options: Tensor) -> Tensor:
+        """x (b, L, D) → the same; ``options`` go to the mixer."""
+        return self._through_mlp(x + self.dropout(self.mixer(self.norm(x), **options)))
 
     def advance(self, x: Tensor, states: tuple[Tensor, ...], *, prompt: bool) -> Tensor:
         """A whole prompt or the next token of every sequence; ``states`` are advanced in place."""
@@ -177,11 +219,11 @@ class Backbone(nn.Module):
         x = self.embedding(tokens)
         return x.to(torch.promote_types(x.dtype, torch.float32)) if self.in_fp32 else x
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, **options: Tensor) -> Tensor:
         x = self.embed(tokens)
         again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks():
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = checkpoint(block, x, use_reentrant=False, **options) if again else block(x, **options)
         return self.norm_f(x)  # type: ignore[arg-type]
 
     def advance(self, tokens: Tensor, cache: Cache, *, prompt: bool) -> Tensor:
@@ -192,10 +234,12 @@ class Backbone(nn.Module):
 
 
 class LanguageModel(nn.Module, Generic[Config]):
-    """A causal language model: ``lm_head(backbone(tokens))``; the base of all here.
+    """A language model: ``lm_head(backbone(tokens))``; the base of all here.
 
     Attributes:
         config: what the model was made with.
+        causal: False if an order of whole sequences lets its outputs see later tokens
+            (:func:`~tokendyn.torch.expect_causal` refuses it, and its likelihoods are none).
         backbone, lm_head: its parts.
     """
 
@@ -211,6 +255,7 @@ class LanguageModel(nn.Module, Generic[Config]):
                 f"{type(config).__name__}{' with ' + ', '.join(options) if options else ''}"
             )
         self.config: Config = config  # type: ignore[assignment]
+        self.causal = self.config.causal
         self.backbone = Backbone(self.config, self.make_block)
         self.head_dropout = nn.Dropout(self.config.head_dropout)
         self.lm_head = nn.Linear(self.config.d_model, self.config.rows, bias=False)
@@ -238,19 +283,22 @@ class LanguageModel(nn.Module, Generic[Config]):
                 with torch.no_grad():
                     module.weight.div_(math.sqrt(branches))
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, seq_idx: Tensor | None = None) -> Tensor:
         """Logits of the next token, or with ``targets`` minus the logarithm of their probabilities.
 
         Args:
             tokens: (b, L) ids.
             targets: (b, L) the ids that follow them.
+            seq_idx: (b, L) integers: sequences packed end to end, of which none sees another. One begins wherever the
+                value differs from that before it.
 
         Returns:
             (b, L, rows) logits in the dtype of the weights; or (b, L) float32 of ``-ln p(targets)`` in nats, for which
             the logits are made and made again for a few thousand tokens at a time and never all kept.
         """
         self._expect_ids(tokens)
-        features = self.head_dropout(self.backbone(tokens))
+        packed = {} if seq_idx is None else {"seq_idx": self._expect_packed(seq_idx, tokens)}
+        features = self.head_dropout(self.backbone(tokens, **packed))
         if targets is None:
             return self.lm_head(features)
         if targets.shape != tokens.shape:
@@ -272,7 +320,16 @@ class LanguageModel(nn.Module, Generic[Config]):
         return F.cross_entropy(self.lm_head(features).float(), targets, reduction="none")
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Cache:
-        """Empty states of all blocks for decoding ``batch_size`` sequences of at most ``max_seqlen`` tokens."""
+        """Empty states of all blocks for decoding ``batch_size`` sequences of at most ``max_seqlen`` tokens.
+
+        Raises:
+            OptionError: the model is not causal, so it cannot go on from a state.
+        """
+        if not self.config.causal:
+            raise OptionError(
+                f"{type(self).__name__}: a model that orders whole sequences sees later tokens and cannot decode token "
+                f"by token"
+            )
         blocks = self.backbone.blocks()
         return [tuple(block.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)) for block in blocks]
 
@@ -370,6 +427,14 @@ class LanguageModel(nn.Module, Generic[Config]):
                 f"{type(self).__name__}: tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected "
                 f"ids (b, L) of an integer dtype"
             )
+
+    def _expect_packed(self, seq_idx: Tensor, tokens: Tensor) -> Tensor:
+        if seq_idx.shape != tokens.shape or seq_idx.is_floating_point():
+            raise ShapeError(
+                f"{type(self).__name__}: seq_idx has shape {tuple(seq_idx.shape)} and dtype {seq_idx.dtype}, expected "
+                f"integers of the shape of tokens, {tuple(tokens.shape)}"
+            )
+        return seq_idx
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -8,6 +8,9 @@ from typing import Any, Literal, Self
 import torch
 
 from tokendyn.backends.torch.layers import Mamba
+from tokendyn.backends.torch.layers._chunk_order import ChunkOrderMamba
+from tokendyn.backends.torch.layers._group_order import GroupOrderMamba
+from tokendyn.backends.torch.layers._window_order import WindowOrderMamba
 from tokendyn.backends.torch.models._language import Block, LanguageModel, LanguageModelConfig
 
 
@@ -55,20 +58,26 @@ class MambaLM(LanguageModel[MambaLMConfig]):
 
     def make_block(self, index: int) -> Block:
         config = self.config
-        mixer = Mamba(
-            config.d_model,
-            config.d_state,
-            config.d_conv,
-            config.expand,
-            config.dt_rank,
-            conv_bias=config.conv_bias,
-            bias=config.bias,
-            layer_idx=index,
-            scalar_A=config.scalar_A,
-            io_regime=config.io_regime,
-            io_form=config.io_form,
-        )
-        return Block(config, mixer)
+        options: dict[str, Any] = {
+            "d_state": config.d_state,
+            "d_conv": config.d_conv,
+            "expand": config.expand,
+            "dt_rank": config.dt_rank,
+            "conv_bias": config.conv_bias,
+            "bias": config.bias,
+            "layer_idx": index,
+            "scalar_A": config.scalar_A,
+            "io_regime": config.io_regime,
+            "io_form": config.io_form,
+            "order": config.order,
+        }
+        if config.order is None or config.order_scope == "sequence":
+            return Block(config, Mamba(config.d_model, **options))
+        if config.order_scope == "chunks":
+            return Block(config, ChunkOrderMamba(config.d_model, chunk=config.order_chunk, **options))
+        if config.order_scope == "groups":
+            return Block(config, GroupOrderMamba(config.d_model, groups=config.order_groups, **options))
+        return Block(config, WindowOrderMamba(config.d_model, **options))
 
     def save_pretrained(self, folder: Any, *, layout: str = "tokendyn") -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.

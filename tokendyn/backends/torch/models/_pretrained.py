@@ -89,6 +89,7 @@ def save_mamba(model: LanguageModel[Any], folder: Any, layout: str) -> None:
         "d_conv": config.d_conv is None,
         "scalar_A": config.scalar_A,
         "dt_rank": config.dt_rank is None,
+        "order": config.order is not None,
         "norm_eps": layout == "mamba_ssm" and config.norm_eps != 1e-5,
     }
     if any(unsaid.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokendyn.backends.torch.layers import CausalAttention
-from tokendyn.backends.torch.models._language import Block, LanguageModel, LanguageModelConfig, Mlp
+from tokendyn.backends.torch.models._language import Block, LanguageModel, LanguageModelConfig, Mlp, reordered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,4 +45,6 @@ class TransformerLM(LanguageModel[TransformerLMConfig]):
     def make_block(self, index: int) -> Block:
         config = self.config
         mixer = CausalAttention(config.d_model, config.n_head, rotary_base=config.rotary_base, bias=config.bias)
-        return Block(config, mixer, Mlp(config.d_model, int(config.d_model * config.mlp_ratio), config.bias))
+        return Block(
+            config, reordered(mixer, config), Mlp(config.d_model, int(config.d_model * config.mlp_ratio), config.bias)
+        )

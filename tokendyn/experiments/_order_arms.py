@@ -1,4 +1,4 @@
-"""The arms that an image study can compare: each a way to order the tokens, by name.
+"""The arms of studies that compare orders of tokens: each a way to order them, by name.
 
 On a command line an arm is a name, or a name with changes: ``sorted``, ``sorted:tau=0.3``,
 ``published:restore=true,tau=0.1``.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokendyn._layers import OrderConfig
 from tokendyn.errors import OptionError
 from tokendyn.experiments._arms import find_arm, read_changes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Arm:
         start = self.order.tau
         return start if self.final_tau is None else start * (self.final_tau / start) ** progress
 
+    def set_progress(self, model: nn.Module, progress: float) -> None:
+        """Set the temperature that the schedule asks for, in every order by score of ``model``."""
+        from tokendyn.backends.torch.layers._ordering import ScoreOrdering
+
+        if self.final_tau is not None:
+            for module in model.modules():
+                if isinstance(module, ScoreOrdering):
+                    module.tau = self.tau(progress)
+
     def to_json(self) -> dict[str, Any] | None:
         """All settings, for ``config.json``."""
         if self.order is None:
@@ -50,7 +62,7 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    # Tokens as they come, row by row.
+    # Tokens as they come.
     "baseline": Arm(None),
     # Scores of unit deviation, a temperature that sorts, the order undone after the scan.
     "sorted": Arm(OrderConfig("softsort", tau=0.02, normalize=True)),
@@ -64,7 +76,7 @@ ARMS: dict[str, Arm] = {
     "straight_through": Arm(OrderConfig("straight_through", tau=0.1, normalize=True)),
     # Paper 2: a fresh permutation in every training step.
     "random": Arm(OrderConfig("random")),
-    # Control: every token that enters the scan is the mean of its window, and nothing is undone. Where the
+    # Control: every token that enters the scan is the mean of its sequence, and nothing is undone. Where the
     # published order averages all tokens this is what is left of it.
     "mean": Arm(OrderConfig("mean", restore=False)),
     # Control: last token first.
