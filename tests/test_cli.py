@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tokendyn
+from tokendyn._dispatch import BACKENDS, load_backend
 from tokendyn.cli import main
 
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "demo.png"
 FAST = ["--mu", "1", "--s-delta", "0.7", "--a", "1", "--x0", "0.3", "-1", "1.2"]
 PLANE = {"M": [[-1, 0.4], [0, -0.6]], "s_delta": [[0.4, -0.3], [0.2, 0.5]], "a": 1, "x0": [[1, 0.5], [-0.6, 1.1]]}
 
@@ -41,6 +44,19 @@ def test_classify_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_commas_and_small_negative_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["classify", "--mu", "1", "--s-delta=-1e-1", "--a", "1", "--x0=0.3,1e-3"]) == 0
     assert "slow divergence" in capsys.readouterr().out
+    answers = []
+    for x0 in (["--x0=-1e-3,-0.2,1"], ["--x0", "-1e-3", "-.2", "1"], ["--x0", "-1e-3,-2e-1", "1"]):
+        assert main(["classify", "--mu", "-1e0", "--s-delta", "-1e-1", "--a", "1", *x0, "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["kind"] == "convergence"
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tokendyn {tokendyn.__version__}\n"
 
 
 def test_simulate_prints_times_and_events(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,9 +128,13 @@ MISTAKES = {
     "missing": (["classify", "--mu", "1"], "--s-delta, --a, --x0 missing"),
     "not numbers": (["classify", "--mu", "1", "--s-delta", "1", "--a", "1", "--x0", "one"], "expected numbers"),
     "a = 0": (["classify", "--mu", "1", "--s-delta", "1", "--a", "0", "--x0", "1"], "a is 0.0, expected a > 0"),
-    "no file": (["classify", "--problem", "nowhere.json"], "nowhere.json"),
+    "no file": (["classify", "--problem", "nowhere.json"], "tokendyn: nowhere.json: No such file or directory"),
+    "a folder": (["classify", "--problem", str(Path(__file__).parent)], "tests: Is a directory"),
+    "no text": (["classify", "--problem", str(PICTURE)], "demo.png is not JSON"),
+    "nowhere to draw": (["simulate", *FAST, "--t-end", "0.1", "--plot", "no/where.png"], "no/where.png: No such file"),
     "times": (["simulate", *FAST, "--t-end", "1", "--times", "2"], "rising numbers"),
     "format": (["simulate", *FAST, "--t-end", "0.1", "--animate", "x.avi"], "ends in .gif or .mp4"),
+    "no figure": (["figures", "nosuch"], "no figure is called 'nosuch', choose from fig1_convergence, fig2"),
     "figure": (["figures", "fig1_convergance"], "did you mean 'fig1_convergence'"),
 }
 
@@ -130,6 +150,9 @@ def test_mistakes_are_one_sentence(mistake: str, capsys: pytest.CaptureFixture[s
 
 def test_wrong_problem_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "problem.json"
+    path.write_text('{"x0": [[1, 0], [0, 0]]}')
+    assert main(["classify", "--problem", str(path), "--sphere"]) == 2
+    assert "a token x0 of norm 0" in capsys.readouterr().err
     for text, message in (("{", "is not JSON"), ('{"nu": 1}', "holds ['nu']"), ('{"mu": 1}', "holds no x0")):
         path.write_text(text)
         assert main(["classify", "--problem", str(path)]) == 2
@@ -153,6 +176,60 @@ def test_simulates_on_the_backend_chosen(
     command = ["simulate", "--problem", plane, "--t-end", "2", "--times", "0", "1", "2", "--json"]
     assert main(command) == 0
     wanted = json.loads(capsys.readouterr().out)["tokens"]
+    for backend in ("jax", "torch"):
+        monkeypatch.setenv("TOKENDYN_BACKEND", backend)
+        assert main(command) == 0
+        np.testing.assert_allclose(json.loads(capsys.readouterr().out)["tokens"], wanted, rtol=1e-7)
+
+
+@pytest.mark.parametrize("problem", ["line", "plane", "sphere"])
+def test_classifies_on_the_backend_chosen(
+    problem: str, plane: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for backend in ("torch", "jax"):
+        ops = load_backend(backend)
+        monkeypatch.setattr(
+            ops, "from_numpy", lambda *a, make=ops.from_numpy, on=backend: (made.append(on), make(*a))[1]
+        )
+    arguments = FAST if problem == "line" else ["--problem", plane, *(["--sphere"] if problem == "sphere" else [])]
+    answers = {}
+    for backend in BACKENDS:
+        monkeypatch.setenv("TOKENDYN_BACKEND", backend)
+        assert main(["classify", *arguments, "--json"]) == 0
+        answers[backend] = json.loads(capsys.readouterr().out)
+    assert answers["numpy"] == answers["torch"] == answers["jax"]
+    assert set(made) == {"torch", "jax"}
+
+
+def test_a_backend_draws_its_own_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no times are named: as many rows as NumPy's integrator would show, and a picture of them."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("TOKENDYN_BACKEND", "torch")
+    command = ["simulate", "--mu", "-1", "--s-delta", "0.3", "--a", "1", "--x0", "1", "-2", "--t-end", "30"]
+    assert main([*command, "--plot", str(tmp_path / "plot.svg")]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "2 tokens at 241 times up to t = 30: reached t_end"
+    assert out.splitlines()[-1].split()[0] == "30"
+    assert (tmp_path / "plot.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "command", [["classify", *FAST], ["simulate", *FAST, "--t-end", "1"], ["figures"], ["diagnose"]]
+)
+def test_every_command_knows_the_backends(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENDYN_BACKEND", "numpi")
+    assert main(command) == 2
+    assert "TOKENDYN_BACKEND is 'numpi'; choose one of 'numpy', 'torch', 'jax'" in capsys.readouterr().err
+
+
+def test_commands_that_one_backend_runs_say_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOKENDYN_BACKEND", "jax")
-    assert main(command) == 0
-    np.testing.assert_allclose(json.loads(capsys.readouterr().out)["tokens"], wanted, rtol=1e-7)
+    main(["figures", "nosuch"])
+    assert "tokendyn figures: runs on numpy, though jax is chosen" in capsys.readouterr().err

@@ -293,6 +293,19 @@ def as_float64(name: str, key: str, value: Any) -> np.ndarray:
     return array
 
 
+def _on_host(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The values of PyTorch's and JAX's arrays among ``arguments``: a regime is decided from values, in float64."""
+    found = dict(arguments)
+    for key, value in arguments.items():
+        if kind_of(value) in ("torch", "jax"):
+            found[key] = check.concrete(value, synchronize=True)
+            if found[key] is None:
+                raise DTypeError(
+                    f"{name}: {key} has no values while it is traced; call {name} outside jit, vmap and torch.compile"
+                )
+    return found
+
+
 def problem_arrays(
     name: str, x0: Any, parameters: dict[str, Any], *, sphere: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -392,7 +405,8 @@ def classify_sphere(
 
     Args:
         x0: (L, D) tokens of unit norm.
-        s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi: as of :func:`simulate_sphere`.
+        s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi: as of :func:`simulate_sphere`. PyTorch tensors
+            and JAX arrays are read; what comes back is NumPy's.
 
     Returns:
         :class:`tokendyn.SphereRegime`.
@@ -410,7 +424,8 @@ def classify_sphere(
 
     name = "classify_sphere"
     parameters = _sphere_parameters(name, s_delta, a, M, S_B, S_C, bias, W, Q, K, V, kind, causal, phi)
-    tokens, arrays = problem_arrays(name, x0, parameters, sphere=True)
+    given = _on_host(name, {"x0": x0, **parameters})
+    tokens, arrays = problem_arrays(name, given.pop("x0"), given, sphere=True)
     if tokens.ndim == 3:
         raise ShapeError(f"{name}: x0 has shape {tokens.shape}, expected one sequence (L, D)")
     return run(tokens, arrays)
@@ -444,7 +459,8 @@ def classify(
     eigenvalues of the symmetric part of M is not used: both its halves are false.
 
     Args:
-        x0, s_delta, a, mu, M, S_B, S_C, bias: as of :func:`simulate`.
+        x0, s_delta, a, mu, M, S_B, S_C, bias: as of :func:`simulate`. PyTorch tensors and JAX arrays are read; what
+            comes back is NumPy's.
         tolerance: problems within this distance of a boundary have it named.
 
     Returns:
@@ -466,7 +482,8 @@ def classify(
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise OptionError(f"{name}: tolerance is {tolerance!r}, expected a finite number, 0 or above")
     parameters = {"mu": mu, "M": M, "S_B": S_B, "S_C": S_C, "s_delta": s_delta, "a": a, "bias": bias}
-    tokens, arrays = problem_arrays(name, x0, parameters, sphere=False)
+    given = _on_host(name, {"x0": x0, **parameters})
+    tokens, arrays = problem_arrays(name, given.pop("x0"), given, sphere=False)
     if mu is not None:
         return classify_line(tokens, arrays, float(tolerance))
     from tokendyn.core._regime_space import classify_space

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import zlib
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from tokendyn import Regime, classify, simulate
+from tokendyn import Regime, classify, classify_sphere, simulate
+from tokendyn._dispatch import load_backend
 from tokendyn.core._blow_up_numba import blow_up_integral
-from tokendyn.errors import OptionError
+from tokendyn.errors import DTypeError, OptionError
 
 
 def generator(*key: object) -> np.random.Generator:
@@ -309,3 +311,31 @@ def test_stationary_tokens_in_space() -> None:
     zero = classify(M=-np.eye(2), s_delta=[0.3, 0.2], a=1.0, x0=[[0.0, 0.0], [1.0, 1.0]])
     assert zero.fates == ("stationary", "convergence")
     assert zero.boundaries == ("x_1 = 0",)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_arrays_of_the_frameworks_are_read(backend: str) -> None:
+    def make(values: object, name: str) -> Any:
+        return load_backend(backend).from_numpy(np.asarray(values, np.float32), name)
+
+    names = ("float32", "bfloat16")  # both hold these numbers exactly
+    line = {"mu": 1.0, "s_delta": 0.75, "a": 1.0}
+    wanted = classify(**line, x0=[0.25, -1.0, 1.25])
+    for name in names:
+        got = classify(**line, x0=make([0.25, -1.0, 1.25], name))
+        assert got.explain() == wanted.explain()
+        np.testing.assert_array_equal(got.blow_up_bounds, wanted.blow_up_bounds)
+    sphere = {"M": np.diag([1.0, -0.5]), "s_delta": [0.5, 0.25], "x0": [[1.0, 0.0], [0.0, -1.0]]}
+    for name in names:
+        got = classify_sphere(a=1.0, **{key: make(value, name) for key, value in sphere.items()})
+        assert got.explain() == classify_sphere(a=1.0, **sphere).explain()
+
+
+def test_a_tensor_that_needs_a_gradient_is_read_and_a_traced_one_refused() -> None:
+    import jax
+    import torch
+
+    x0 = torch.tensor([0.25, -1.0], requires_grad=True)
+    assert classify(mu=-1.0, s_delta=0.5, a=1.0, x0=x0).kind == "convergence"
+    with pytest.raises(DTypeError, match="classify: x0 has no values while it is traced; call classify outside jit"):
+        jax.jit(lambda x: classify(mu=-1.0, s_delta=0.5, a=1.0, x0=x).margin)(np.ones(2))

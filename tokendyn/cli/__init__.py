@@ -18,8 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
-    except (TokendynError, OSError) as error:
+    except TokendynError as error:
         print(f"tokendyn: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        what = error if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"tokendyn: {what}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print("tokendyn: interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tokendyn import Trajectory
+from tokendyn import Trajectory, __version__
 from tokendyn._dispatch import current_backend, kind_of, load_backend
+from tokendyn._dynamics import as_float64
 from tokendyn.cli._tables import regime_json, regime_table, sphere_json, sphere_table, trajectory_json, trajectory_table
 from tokendyn.errors import DataError, OptionError
 
@@ -28,12 +30,21 @@ _EXAMPLES = """examples:
 
 A problem file is JSON with the arguments of tokendyn.simulate by name, for example
   {"M": [[-1, 0.4], [0, -0.6]], "s_delta": [[0.4, -0.3], [0.2, 0.5]], "a": 1, "x0": [[1, 0.5], [-0.6, 1.1]]}
-Token 1 is the first, in tables, words and pictures.
-Numbers such as -1e-3 are given with commas and an equals sign: --x0=0.3,-1e-3,1.2"""
+Token 1 is the first, in tables, words and pictures. TOKENDYN_BACKEND=jax (or torch) has JAX (PyTorch) simulate; they
+do not follow tokens past a blow-up."""
+
+#: Commands that one backend runs, whichever is chosen.
+_FIXED = {"figures": "numpy", "diagnose": "torch"}
+#: Times at which a backend's solver is asked for tokens where the user names none.
+_TIMES = 241
 
 
 def run(arguments: list[str]) -> int:
     """Parse and run."""
+    chosen = current_backend()  # a wrong name is a mistake whatever the command
+    fixed = _FIXED.get(arguments[0]) if arguments else None
+    if fixed is not None and chosen not in ("numpy", fixed):
+        print(f"tokendyn {arguments[0]}: runs on {fixed}, though {chosen} is chosen", file=sys.stderr)
     if arguments[:1] == ["figures"]:
         from tokendyn.experiments.figures._command import main
 
@@ -42,11 +53,31 @@ def run(arguments: list[str]) -> int:
         from tokendyn.cli._diagnose import run as diagnose
 
         return diagnose(arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args([_number_or_word(word) for word in arguments])
     problem = _problem(options)
-    if options.command == "classify":
-        return _classify(problem, options)
-    return _simulate(problem, options)
+    with _precision(chosen):
+        arrays = _on_backend(problem, chosen)
+        return _classify(arrays, options) if options.command == "classify" else _simulate(arrays, options, chosen)
+
+
+def _number_or_word(word: str) -> str:
+    """Numbers such as -1e-3 with a blank in front, by which argparse tells them from options."""
+    try:
+        for number in filter(None, word.split(",")):
+            float(number)
+    except ValueError:
+        return word
+    return f" {word}" if word.startswith("-") else word
+
+
+def _precision(backend: str) -> contextlib.AbstractContextManager[Any]:
+    """Float64 on JAX too while this command runs; a library leaves that to its user, here we are the program."""
+    if backend != "jax":
+        return contextlib.nullcontext()
+    load_backend("jax")
+    import jax
+
+    return jax.enable_x64(True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"tokendyn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in (("classify", "what becomes of every token, and why"), ("simulate", "the tokens over depth")):
         command = commands.add_parser(
@@ -99,20 +131,23 @@ def _problem(options: argparse.Namespace) -> dict[str, Any]:
         if missing:
             raise OptionError(f"{', '.join(missing)} missing, expected one channel's parameters or --problem FILE")
         return given
-    text = sys.stdin.read() if options.problem == "-" else Path(options.problem).read_text()
     try:
+        text = sys.stdin.read() if options.problem == "-" else Path(options.problem).read_text(encoding="utf-8")
         problem = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{options.problem} is not JSON: {error}") from None
     if not isinstance(problem, dict) or not set(problem) <= set(_KEYS):
         wrong = sorted(set(problem) - set(_KEYS)) if isinstance(problem, dict) else type(problem).__name__
         raise DataError(f"{options.problem} holds {wrong}, expected some of {', '.join(_KEYS)}")
     problem.update(given)
-    if options.sphere and "x0" in problem:
-        x0 = np.asarray(problem["x0"], float)
-        problem["x0"] = x0 / np.linalg.norm(x0, axis=-1, keepdims=True)
     if "x0" not in problem:
         raise DataError(f"{options.problem} holds no x0")
+    if options.sphere:
+        x0 = as_float64(options.problem, "x0", problem["x0"])
+        norms = np.linalg.norm(x0, axis=-1, keepdims=True)
+        if not norms.all():
+            raise DataError(f"{options.problem} holds a token x0 of norm 0, expected one that has a direction")
+        problem["x0"] = x0 / norms
     return problem
 
 
@@ -126,14 +161,13 @@ def _expect(name: str, function: Any, problem: dict[str, Any]) -> Any:
         raise OptionError(f"{name}: {str(error).split('() ')[-1]}") from None
 
 
-def _on_backend(problem: dict[str, Any]) -> dict[str, Any]:
-    """The problem with its lists as arrays of the backend chosen (``TOKENDYN_BACKEND``); NumPy takes lists."""
-    chosen = current_backend()
+def _on_backend(problem: dict[str, Any], chosen: str) -> dict[str, Any]:
+    """The problem with its lists as arrays of the backend chosen; NumPy takes lists."""
     if chosen == "numpy":
         return problem
     make = load_backend(chosen).from_numpy
     return {
-        key: make(np.asarray(value, np.float64), "float64") if isinstance(value, (list, np.ndarray)) else value
+        key: make(as_float64("the problem", key, value), "float64") if isinstance(value, (list, np.ndarray)) else value
         for key, value in problem.items()
     }
 
@@ -159,14 +193,16 @@ def _classify(problem: dict[str, Any], options: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(problem: dict[str, Any], options: argparse.Namespace) -> int:
+def _simulate(problem: dict[str, Any], options: argparse.Namespace, chosen: str) -> int:
     from tokendyn import simulate, simulate_sphere
 
-    asked = {"t_end": options.t_end, "rtol": options.rtol}
+    asked: dict[str, Any] = {"t_end": options.t_end, "rtol": options.rtol}
+    if chosen != "numpy" and options.t_end > 0:  # NumPy's integrator returns its own steps, these return what is asked
+        asked["times"] = np.minimum(np.expm1(np.linspace(0, np.log1p(options.t_end), _TIMES)), options.t_end)
     times = None if options.times is None else sorted(_floats("--times", options.times))
     function = simulate_sphere if options.sphere else simulate
-    problem = _on_backend(problem)
-    trajectory = _as_numpy(_expect("simulate", function, {**problem, **asked, "times": times}))
+    wanted = asked if times is None else {**asked, "times": times}
+    trajectory = _as_numpy(_expect("simulate", function, {**problem, **wanted}))
     print(json.dumps(trajectory_json(trajectory)) if options.json else trajectory_table(trajectory))
     drawn = trajectory
     if times is not None and (options.plot or options.animate):  # pictures want more points than were asked for

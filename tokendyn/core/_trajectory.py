@@ -56,7 +56,7 @@ class Trajectory:
             time without a blow-up, as under Euclidean attention), ``"max_steps reached"``, or ``"interrupted"``. Of an
             ensemble an array.
         stopped_at: the time reached: t_end, or the time of the last blow-up if no token is left.
-        steps, rejected, evaluations: what it took.
+        steps, rejected, evaluations: what it took; None of PyTorch tensors and JAX arrays.
         problem: the parameters, by name.
         start: the tokens at time 0.
         sphere: whether this is on the unit sphere.
@@ -168,9 +168,10 @@ class Trajectory:
     def __str__(self) -> str:
         if self.ensemble:
             return f"{len(self.tokens)} trajectories of {self.tokens.shape[2]} tokens at {len(self.times)} times"
+        effort = "" if self.steps is None else f" ({self.steps} steps, {self.rejected} rejected)"
         lines = [
-            f"{self.tokens.shape[1]} tokens at {len(self.times)} times up to t = {self.stopped_at:.9g}: {self.reason} "
-            f"({self.steps} steps, {self.rejected} rejected)"
+            f"{self.tokens.shape[1]} tokens at {len(self.times)} times up to t = {self.stopped_at:.9g}: "
+            f"{self.reason}{effort}"
         ]
         return "\n".join([*lines, *map(str, self.events)])
 

@@ -54,7 +54,7 @@ def main(arguments: list[str], prog: str = "python -m tokendyn.experiments.figur
     for name in options.names:
         if name not in FIGURES:
             near = difflib.get_close_matches(name, FIGURES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else f", choose from {', '.join(FIGURES)}"
             print(f"{prog}: no figure is called {name!r}{hint}", file=sys.stderr)
             return 2
     paths = draw(options.names or list(FIGURES), options.out)
