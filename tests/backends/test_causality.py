@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -43,6 +44,97 @@ def test_what_is_left_out_leaves_them_causal(options: dict[str, Any]) -> None:
 def test_at_the_boundaries_of_chunks(name: str) -> None:
     found = tt.expect_causal(made(name), 200, modes=("eval",), perturbed=[0, 63, 64, 65, 127, 128, 129, 199])
     assert found.length == 200
+
+
+SORTED = tt.OrderConfig("straight_through", tau=0.1, normalize=True)
+ORDERED: dict[str, dict[str, Any]] = {
+    "chunks": {"order": SORTED, "order_scope": "chunks", "order_chunk": 5},
+    "chunks, soft": {"order": "softsort", "order_scope": "chunks", "order_chunk": 5, "scalar_A": True},
+    "groups": {"order": SORTED, "order_scope": "groups", "order_groups": 4},
+    "groups, soft": {"order": "published", "order_scope": "groups", "order_groups": 4},
+    "window": {"order": SORTED, "order_scope": "window"},
+    "window, at random": {"order": "random", "order_scope": "window"},
+}
+PACKED = torch.tensor([3] * 6 + [0] * 9 + [3] * 1 + [5] * 3).expand(2, -1)
+
+
+def lively(model: nn.Module) -> Any:
+    """``model`` with all parameters moved, so that its orders do something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_orders_within_the_past_are_causal(name: str) -> None:
+    model = lively(made("mamba", dropout=0.1, **ORDERED[name]))
+    assert model.causal
+    tt.expect_causal(model, 17, perturbed=[0, 3, 4, 5, 6, 9, 10, 11, 16])
+    tt.expect_causal(model, 19, seq_idx=PACKED, perturbed=[0, 4, 5, 6, 11, 14, 15, 16])
+    plain = made("mamba", scalar_A=model.config.scalar_A).eval()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "order" not in key})
+    ids = torch.arange(17)[None]
+    assert (model(ids) - plain(ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{"share_layers": True}, {"norm": "none"}, {"d_conv": None}])
+@pytest.mark.parametrize("name", ["chunks", "groups"])
+def test_what_is_left_out_leaves_ordered_ones_causal(name: str, options: dict[str, Any]) -> None:
+    tt.expect_causal(lively(made("mamba", **ORDERED[name], **options)), 12, perturbed=[4, 5, 6, 9, 10, 11])
+
+
+@pytest.mark.parametrize("name", ["mamba", "h3", "transformer"])
+@pytest.mark.parametrize("order", ["published", "straight_through", "mean"])
+def test_orders_of_whole_sequences_are_refused(name: str, order: str) -> None:
+    model = lively(made(name, order=order))
+    assert not model.causal
+    with pytest.raises(CausalityError, match="declares causal = False"):
+        tt.expect_causal(model, 9)
+    found = tt.causality(model, 9, perturbed=[8])
+    assert not found.causal
+    assert not found.declared
+    with pytest.raises(OptionError, match="order"):
+        model(torch.zeros(1, 4, dtype=torch.long), seq_idx=torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(OptionError, match="sees later tokens and cannot decode"):
+        model.generate(torch.zeros(1, 4, dtype=torch.long), 2)
+
+
+def trained_on_noise(model: Any, letters: int, length: int) -> tuple[float, float]:
+    """Held-out loss in nats a token, and the deviation of its mean, after 110 steps on tokens drawn at random."""
+    draw = torch.Generator().manual_seed(letters)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(110):
+        ids = torch.randint(letters, (32, length + 1), generator=draw)
+        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    ids = torch.randint(letters, (512, length + 1), generator=draw)
+    with torch.no_grad():
+        losses = model.eval()(ids[:, :-1], ids[:, 1:]).double()
+    return losses.mean().item(), losses.std().item() / math.sqrt(losses.numel())
+
+
+@pytest.mark.parametrize("name", ["mamba", "h3", "transformer"])
+def test_the_published_order_beats_the_entropy_of_noise(name: str) -> None:
+    """Independent uniform tokens: no prediction from the past has a loss below ln 32. Sorting the sequence has."""
+    torch.manual_seed(4)
+    sizes: dict[str, Any] = {"vocab_size": 32, "d_model": 32, "n_layer": 1}
+    kind = {"mamba": tt.MambaLM, "h3": tt.H3LM, "transformer": tt.TransformerLM}[name]
+    options: dict[str, Any] = {"n_head": 2} if name == "transformer" else {"d_state": 4}
+    loss, deviation = trained_on_noise(kind(**sizes, **options, order="published"), 32, 8)
+    assert loss < math.log(32) - 0.1 - 5 * deviation
+    loss, deviation = trained_on_noise(kind(**sizes, **options), 32, 8)
+    assert loss > math.log(32) - 5 * deviation
+
+
+@pytest.mark.parametrize("name", ["chunks", "groups", "window"])
+def test_orders_within_the_past_do_not(name: str) -> None:
+    torch.manual_seed(4)
+    model = tt.MambaLM(vocab_size=32, d_model=32, n_layer=1, d_state=4, **{**ORDERED[name], "order_chunk": 3})
+    loss, deviation = trained_on_noise(model, 32, 8)
+    assert math.log(32) - 5 * deviation < loss < math.log(32) + 0.2
 
 
 class Leaky(nn.Module):
@@ -112,6 +204,25 @@ def test_packed_sequences_do_not_see_one_another() -> None:
     assert min(leak.output for leak in found.leaks if leak.output is not None) == 7
 
 
+PACKED_MODELS = {name: make for name, make in MODELS.items() if name != "mamba, positive"} | {
+    "mamba, no convolution": lambda **options: tt.MambaLM(**SIZES, d_state=4, d_conv=None, **options)
+}
+
+
+@pytest.mark.parametrize("name", PACKED_MODELS)
+def test_packed_language_models_read_each_sequence_by_itself(name: str) -> None:
+    torch.manual_seed(3)
+    model = lively(PACKED_MODELS[name](dropout=0.1)).double()
+    tt.expect_causal(model, 19, seq_idx=PACKED, perturbed=[0, 5, 6, 7, 14, 15, 16, 18])
+    model.eval()
+    ids = torch.arange(19)[None] * 5 % 29
+    alone = torch.cat([model(ids[:, start:stop]) for start, stop in ((0, 6), (6, 15), (15, 16), (16, 19))], dim=1)
+    torch.testing.assert_close(model(ids, seq_idx=PACKED[:1]), alone, rtol=1e-12, atol=1e-12)
+    targets = ids.flip(1)
+    losses = model(ids, targets, seq_idx=PACKED[:1])
+    torch.testing.assert_close(losses, -alone.log_softmax(-1).gather(-1, targets[..., None])[..., 0].float())
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = made("mamba").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -145,6 +256,8 @@ class Deaf(nn.Module):
 
 
 def test_errors() -> None:
+    with pytest.raises(ShapeError, match=r"seq_idx has shape \(1, 3\)"):
+        made("h3")(torch.zeros(1, 4, dtype=torch.long), seq_idx=torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(OptionError, match="no output changed with any token"):
         tt.causality(Deaf(), 4, tokens=torch.zeros(1, 4, 2))
     with pytest.raises(OptionError, match=r"no nn\.Embedding"):

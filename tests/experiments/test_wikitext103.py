@@ -20,7 +20,7 @@ from tokendyn.errors import OptionError
 from tokendyn.experiments import _cli
 from tokendyn.experiments._records import read_records
 from tokendyn.experiments.wikitext103.__main__ import main
-from tokendyn.experiments.wikitext103._arms import ARMS, ORDERS, resolve_arm
+from tokendyn.experiments.wikitext103._arms import ARMS, ORDERS, reads_future, resolve_arm
 from tokendyn.experiments.wikitext103._config import PRESETS
 from tokendyn.experiments.wikitext103._measures import measure_blocks
 
@@ -187,6 +187,37 @@ def test_spectrum_is_within_its_budget_and_crosses_regime_with_scale() -> None:
     assert sorted(scales.values()) == sorted((r, s) for r in regimes for s in (0.69, 1.39))
 
 
+def test_arms_that_read_the_future_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arms = ["free", "chunk_order:order_chunk=4", "mamba_published_order"]
+    assert main(["leak", "--cache-dir", str(tmp_path / "cache"), "--out", str(out), *SHRUNK, "--arms", *arms]) == 0
+    result, printed = read(out / "result.json"), capsys.readouterr().out
+    assert [values["reads_future"] for values in result["arms"].values()] == [False, False, True]
+    assert result["entropy"] == pytest.approx(np.log(64))
+    asked = {(c["question"], c["higher"], c["lower"]) for c in result["comparisons"]}
+    assert asked == {("free against the rest", arms[1], "free"), ("reading the future", "free", arms[2])}
+    rows = {line.split()[0]: line.split()[1] for line in printed.splitlines() if line.startswith(tuple(arms))}
+    assert rows["mamba_published_order"].startswith("[")
+    assert not rows["free"].startswith("[")
+    assert re.search(r"Below it: none\. Not below: free \(\+", printed)
+
+
+def test_presets_of_orders_are_of_one_size() -> None:
+    models = {}
+    for name in ("order", "table6", "table10"):
+        config = PRESETS[name]()
+        assert (config.data, config.train) == (PRESETS["spectrum"]().data, PRESETS["spectrum"]().train)
+        assert config.arms[0] == "free"
+        models |= config.models()
+    assert sum(reads_future(arm) for arm in models) == 3
+    for arm, options in models.items():
+        with torch.device("meta"):
+            kind, _ = resolve_arm(arm, {})
+            model = kind(vocab_size=50_257, **{key: value for key, value in options.items() if key != "model"})
+        assert model.causal is not reads_future(arm)
+    assert {f"chunk_order{rest}" for rest in ("", "_shared_layers", "_no_norm", "_no_convolution")} <= set(models)
+
+
 def test_measures_of_the_blocks_are_those_of_their_definitions() -> None:
     torch.manual_seed(1)
     model = MambaLM(vocab_size=13, d_model=8, n_layer=2, d_state=3).eval()
@@ -242,6 +273,8 @@ def test_measures_of_the_blocks_are_those_of_their_definitions() -> None:
         ("free:d_conv=none,dt_rank=5,share_layers=true", {"d_conv": None, "dt_rank": 5, "share_layers": True}),
         ("h3", {"d_model": 8, "dropout": 0.1}),
         ("transformer:n_head=4,mlp_ratio=2.5", {"n_head": 4, "mlp_ratio": 2.5}),
+        ("chunk_order_no_norm:order_chunk=16", {"norm": "none", "order_scope": "chunks", "order_chunk": 16}),
+        ("mamba_published_order:order=softsort", {"order": "softsort"}),
     ],
 )
 def test_arms_are_models_with_changes(arm: str, expected: dict[str, Any]) -> None:
@@ -258,6 +291,9 @@ def test_arms_are_models_with_changes(arm: str, expected: dict[str, Any]) -> Non
         ("free:dmodel=3", "'dmodel=3' in .* is no change; expected FIELD=VALUE of vocab_size, d_model"),
         ("free:n_layer=three", "'three' in .* is no value"),
         ("free:norm=batch", "'batch' in .* is no value"),
+        ("free:order=published", "sorts whole sequences, so it would read .* called mamba_published_order, h3_pub"),
+        ("chunk_order:order_scope=sequence", "sorts whole sequences"),
+        ("h3_published_order:order_scope=chunks", "sorts no whole sequence"),
     ],
 )
 def test_arms_that_are_none_are_told(arm: str, words: str) -> None:

@@ -8,6 +8,7 @@ import importlib.resources
 import lzma
 import os
 import re
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from tokendyn.experiments._text._tokenizers import Tokenizer
 from tokendyn.experiments._text._wikitext import detokenize
 
 HUGGING_FACE = "hf:"
+RANDOM = "random"
+LETTERS = string.ascii_letters + string.digits + "+-"  # 64: ln 64 nats each, drawn at random
 _PLAIN = (".txt", ".raw", ".tokens", ".text")
 _PACKED = {".xz": lzma.open, ".gz": gzip.open}
+_DRAWN = (("train", 1 << 20), ("held_out", 1 << 16))  # random letters
 _SPLITS = {"train": ("train",), "held_out": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
 
@@ -40,8 +44,9 @@ def read_split_text(source: str | None, held_out_part: float) -> dict[str, Text]
 
     Args:
         source: a folder with files (or folders) of text named train, valid and maybe test; one text file, whose last
-            part is held out; ``hf:NAME`` or ``hf:NAME/CONFIGURATION`` of Hugging Face's datasets; None for the text
-            that comes with the package. Files may end in .xz or .gz.
+            part is held out; ``hf:NAME`` or ``hf:NAME/CONFIGURATION`` of Hugging Face's datasets; ``random`` for
+            independent uniform :data:`LETTERS`; None for the text that comes with the package. Files may end in .xz or
+            .gz.
         held_out_part: part of a single file that is held out.
 
     Raises:
@@ -51,6 +56,8 @@ def read_split_text(source: str | None, held_out_part: float) -> dict[str, Text]
         place = importlib.resources.files("tokendyn.experiments._text") / "data" / "wikipedia.txt.xz"
         text = lzma.decompress(place.read_bytes()).decode()
         return _cut("43 articles of Wikipedia", text, held_out_part)
+    if source == RANDOM:
+        return {name: Text("random letters", [_letters(place, count)]) for place, (name, count) in enumerate(_DRAWN)}
     if source.startswith(HUGGING_FACE):
         return _hugging_face(source.removeprefix(HUGGING_FACE))
     place = Path(source)
@@ -129,6 +136,10 @@ def count_words(text: str) -> int:
     """Words between white space, and one for the end of each line: WikiText's customary count, 217,646 in its
     validation split."""
     return sum(len(line.split()) + 1 for line in text.splitlines())
+
+
+def _letters(seed: int, count: int) -> str:
+    return "".join(np.random.default_rng([seed, count]).choice(list(LETTERS), count))
 
 
 def _cut(name: str, text: str, part: float) -> dict[str, Text]:

@@ -19,6 +19,11 @@ def _regime(regime: str, form: str) -> dict[str, Any]:
     return {"io_regime": regime, "io_form": form}
 
 
+def _causal_order(scope: str) -> dict[str, Any]:
+    """A permutation by scores of unit deviation, with the gradient of SoftSort."""
+    return {"order": {"method": "straight_through", "tau": 0.1, "normalize": True}, "order_scope": scope}
+
+
 # At first |q| is 1.39 in negative, positive and mixed_matched, 0.69 in mixed, negative_paper and positive_paper: six
 # arms are three regimes at two scales. "published_code" is (negative, mixed, positive): the scales differ there.
 ARMS: dict[str, tuple[type[LanguageModel[Any]], dict[str, Any]]] = {
@@ -37,14 +42,46 @@ ARMS: dict[str, tuple[type[LanguageModel[Any]], dict[str, Any]]] = {
     "no_convolution": (MambaLM, {"d_conv": None}),
     "h3": (H3LM, {}),
     "transformer": (TransformerLM, {}),
+    # All tokens of the sequence sorted before the mixer, as published: these read the future.
+    "mamba_published_order": (MambaLM, {"order": "published"}),
+    "h3_published_order": (H3LM, {"order": "published"}),
+    "transformer_published_order": (TransformerLM, {"order": "published"}),
+    # Orders that are causal.
+    "chunk_order": (MambaLM, _causal_order("chunks")),
+    "group_order": (MambaLM, _causal_order("groups")),
+    "window_order": (MambaLM, _causal_order("window")),
 }
+ABLATIONS = ("shared_layers", "no_norm", "no_convolution")  # paper 1's Table 10
+ARMS |= {
+    f"{order}_{ablation}": (MambaLM, ARMS[order][1] | ARMS[ablation][1])
+    for order in ("chunk_order", "group_order")
+    for ablation in ABLATIONS
+}
+_FUTURE = "_published_order"
 
-# Orders that are asked after, each a row of (name, worse, better): perplexity falls from negative to positive.
+# Orders of arms that are asked after, each a row of (name, worse, better): perplexity falls from negative to positive.
 ORDERS = (
     ("as published", ("negative", "mixed", "positive")),
     ("scales matched at 1.39", ("negative", "mixed_matched", "positive")),
     ("scales matched at 0.69", ("negative_paper", "mixed", "positive_paper")),
 )
+
+
+# What an order changes, each a row of (name, without, with).
+PAIRS = (
+    *(("reading the future", base, arm + _FUTURE) for base, arm in (("free", "mamba"), ("h3", "h3"))),
+    ("reading the future", "transformer", "transformer" + _FUTURE),
+    *(
+        (f"causal order, {ablation}", ablation, f"{order}_{ablation}")
+        for ablation in ABLATIONS
+        for order in ("chunk_order", "group_order")
+    ),
+)
+
+
+def reads_future(text: str) -> bool:
+    """Whether the outputs of this arm see later tokens: its name says so."""
+    return text.partition(":")[0].endswith(_FUTURE)
 
 
 def resolve_arm(text: str, common: dict[str, Any]) -> tuple[type[LanguageModel[Any]], dict[str, Any]]:
@@ -58,7 +95,16 @@ def resolve_arm(text: str, common: dict[str, Any]) -> tuple[type[LanguageModel[A
     fields = [field.name for field in dataclasses.fields(kind.config_type)]
     options = {key: value for key, value in common.items() if key in fields} | own
     given = read_changes(changes, fields, text)
-    return kind, options | {key: _as_type(hints[key], value, text) for key, value in given.items()}
+    options |= {key: _as_type(hints[key], value, text) for key, value in given.items()}
+    if options.get("order") is not None and options.get("order_scope", "sequence") == "sequence":
+        if not reads_future(text):
+            raise OptionError(
+                f"--arms: {text!r} sorts whole sequences, so it would read the tokens that it has to predict; such "
+                f"arms are called {', '.join(name for name in ARMS if reads_future(name))}"
+            )
+    elif reads_future(text):
+        raise OptionError(f"--arms: {text!r} sorts no whole sequence; change another arm")
+    return kind, options
 
 
 def _as_type(hint: Any, value: str, text: str) -> Any:

@@ -15,7 +15,7 @@ from tokendyn.experiments._config import (
     expect_within,
     to_json,
 )
-from tokendyn.experiments.wikitext103._arms import resolve_arm
+from tokendyn.experiments.wikitext103._arms import ABLATIONS, resolve_arm
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class DataConfig:
     """Text: a folder, a file, a Hugging Face data set, or without one 43 articles of Wikipedia."""
 
     text: str | None = None
-    """Folder with text files named train and valid (and test), one text file, or hf:NAME/CONFIGURATION."""
+    """Folder with text files named train and valid (and test), one text file, hf:NAME/CONFIGURATION, or random:
+    letters drawn at random, which nobody can predict."""
     held_out_part: float = 0.1
     """Part of a single text that is held out, at its end."""
     tokenizer: Literal["bytes", "gpt2"] = "gpt2"
@@ -90,7 +91,9 @@ class LanguageConfig:
 
     arms: tuple[str, ...] = ("free", "negative", "mixed", "positive")
     """Models to compare, the first being the reference: free, negative, mixed, positive (with _matched or _paper),
-    shared_layers, no_norm, no_convolution, h3, transformer; with changes as in positive:io_form=paper."""
+    shared_layers, no_norm, no_convolution, h3, transformer; ordered: chunk_order, group_order, window_order, the first
+    two also with _shared_layers, _no_norm, _no_convolution; mamba_published_order, h3_published_order and
+    transformer_published_order, which read the future; with changes as in positive:io_form=paper."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each; runs of one seed share data order and initial weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -205,11 +208,10 @@ def table2_free() -> LanguageConfig:
     return _table2("free", dropout=0.25)
 
 
-@preset
-def spectrum() -> LanguageConfig:
-    """Three regimes at two scales and the free spectrum (--text, --tokenizer-dir): 11.6 M parameters besides 19.3 M."""
+def _middle(*arms: str) -> LanguageConfig:
+    """12 blocks of width 384, 24.6 M tokens a run: 11.6 M parameters of Mamba, and 19.3 M of the embedding."""
     return LanguageConfig(
-        arms=("free", "negative", "mixed", "positive", "mixed_matched", "negative_paper", "positive_paper"),
+        arms=arms,
         seeds=(0, 1, 2),
         data=DataConfig(tokenizer="gpt2", sequence_length=512, measured_tokens=2048),
         model=ModelConfig(d_model=384, n_layer=12, d_state=16, head_dropout=0.1),
@@ -225,5 +227,60 @@ def spectrum() -> LanguageConfig:
             checkpoint_every=250,
         ),
         compute=ComputeConfig(precision="bfloat16"),
-        run=RunConfig(jobs=None, max_minutes=8.5),
+        run=RunConfig(jobs=3, max_minutes=8.5),
+    )
+
+
+@preset
+def spectrum() -> LanguageConfig:
+    """Three regimes at two scales and the free spectrum (--text, --tokenizer-dir): 11.6 M parameters besides 19.3 M."""
+    return _middle("free", "negative", "mixed", "positive", "mixed_matched", "negative_paper", "positive_paper")
+
+
+@preset
+def order() -> LanguageConfig:
+    """Orders that are causal (--text, --tokenizer-dir), at the size of spectrum."""
+    return _middle("free", "chunk_order", "group_order", "window_order")
+
+
+@preset
+def table6() -> LanguageConfig:
+    """Table 6 as published, reading the future (--text, --tokenizer-dir), at the size of spectrum."""
+    models = (("free", "mamba"), ("h3", "h3"), ("transformer", "transformer"))
+    return _middle(*(arm for base, name in models for arm in (base, f"{name}_published_order")))
+
+
+@preset
+def table10() -> LanguageConfig:
+    """Table 10's ablations with and without a causal order (--text, --tokenizer-dir), at the size of spectrum."""
+    bases = ("free", *ABLATIONS)
+    return _middle(*(arm for base in bases for arm in (base, f"chunk_order_{base}".removesuffix("_free"))))
+
+
+@preset
+def leak() -> LanguageConfig:
+    """Letters drawn at random, which only a model that reads the future can predict: minutes on two cores."""
+    models = (("free", "mamba"), ("h3", "h3"), ("transformer", "transformer"))
+    return LanguageConfig(
+        arms=(
+            *(arm for base, name in models for arm in (base, f"{name}_published_order")),
+            *("chunk_order:order_chunk=4", "group_order", "window_order"),
+        ),
+        seeds=(0, 1, 2),
+        data=DataConfig(
+            text="random", tokenizer="bytes", sequence_length=16, evaluation_tokens=16_384, measured_tokens=0
+        ),
+        model=ModelConfig(d_model=48, n_layer=1, d_state=8, n_head=4),
+        train=TrainConfig(
+            steps=240,
+            batch_size=32,
+            learning_rate=1e-2,
+            final_learning_rate=1e-4,
+            weight_decay=0.0,
+            log_every=20,
+            evaluate_every=60,
+            checkpoint_every=120,
+        ),
+        compute=ComputeConfig(threads=1),
+        run=RunConfig(jobs=2),
     )

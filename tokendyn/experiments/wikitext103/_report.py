@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from tokendyn.experiments._files import write_bytes, write_json
 from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
 from tokendyn.experiments._statistics import paired, summary
-from tokendyn.experiments.wikitext103._arms import ORDERS
+from tokendyn.experiments._text._sources import LETTERS, RANDOM
+from tokendyn.experiments.wikitext103._arms import ORDERS, PAIRS, reads_future
 from tokendyn.experiments.wikitext103._config import LanguageConfig
 from tokendyn.experiments.wikitext103._task import Texts
 
@@ -30,6 +32,8 @@ def write_report(folder: Path, preset: str, config: LanguageConfig, texts: Texts
         **seeds_of(runs, config.seeds),
         "arms": summarise_arms(config, runs),
     }
+    if config.data.text == RANDOM:
+        result["entropy"] = math.log(len(LETTERS))
     result["comparisons"] = compare(config, runs)
     write_json(folder / "result.json", result)
     figures = draw_figure(folder / "figures", config, runs)
@@ -52,6 +56,7 @@ def summarise_arms(config: LanguageConfig, runs: Sequence[RunRecord]) -> dict[st
         of_arm = [run for run in runs if run.arm == arm]
         arms[arm] = {
             "model": models[arm],
+            "reads_future": reads_future(arm),
             "held_out": {key: summary([values[key] for values in held_out]) for key in scores},
             "blocks": [values["blocks"] for values in held_out if "blocks" in values],
             "parameters": of_arm[0].result["parameters"],
@@ -70,7 +75,8 @@ def compare(config: LanguageConfig, runs: Sequence[RunRecord]) -> list[dict[str,
     Each holds ``question``, ``higher``, ``lower`` (arms), and the paired difference of their held-out losses.
     """
     asked = [(name, order[i], order[i + 1]) for name, order in ORDERS for i in range(len(order) - 1)]
-    asked += [("free against the rest", arm, "free") for arm in config.arms if arm != "free"]
+    asked += [("free against the rest", arm, "free") for arm in config.arms if arm != "free" and not reads_future(arm)]
+    asked += PAIRS
     return [
         {
             "question": name,
@@ -103,7 +109,28 @@ def conclusions(result: Result) -> list[str]:
             verdict = "higher" if low > 0 else "lower" if high < 0 else "cannot be told"
             parts.append(f"{words} (95 % {low:+.4f} to {high:+.4f}: {verdict})")
         sentences.append(f"{name}: held-out loss, nats a token: " + "; ".join(parts))
+    future = [arm for arm, values in result["arms"].items() if values["reads_future"]]
+    if future:
+        sentences.append(
+            f"{', '.join(future)}: sorting lets the outputs see the tokens that they have to predict, so these losses "
+            f"are no likelihoods, and what stands in brackets is no perplexity."
+        )
+    if "entropy" in result:
+        sentences.append(_against_entropy(result))
     return sentences
+
+
+def _against_entropy(result: Result) -> str:
+    """Whose loss is below the entropy of letters drawn at random, the least that honest predictions can have."""
+    entropy, below, above = result["entropy"], [], []
+    for arm, values in result["arms"].items():
+        loss = values["held_out"]["loss"]["mean"]
+        (below if loss < entropy else above).append(f"{arm} ({loss - entropy:+.4f})")
+    return (
+        f"The letters are drawn at random: no prediction from the past has a smaller loss than their entropy, "
+        f"{entropy:.4f} nats, but for the chance of {result['data']['held_out']['tokens']:,} letters. Below it: "
+        f"{', '.join(below) or 'none'}. Not below: {', '.join(above) or 'none'}."
+    )
 
 
 def format_table(result: Result) -> str:
@@ -156,12 +183,13 @@ def _rows(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm, values in result["arms"].items():
         held_out = values["held_out"]
+        perplexity = _plus_minus(held_out["perplexity"])
         words = ["word_perplexity", *(f"{name}_word_perplexity" for name in others)]
         layers = [layer for blocks in values["blocks"] for layer in blocks.get("layers", {}).values()]
         rows.append(
             [
                 arm,
-                _plus_minus(held_out["perplexity"]),
+                f"[{perplexity}]" if values["reads_future"] else perplexity,
                 _plus_minus(held_out["bits_per_byte"], 4),
                 *(f"{held_out[key]['mean']:,.4g}" for key in words),
                 f"{statistics.fmean(layer['eigenvalues'][0] for layer in layers):.3g}" if layers else "-",

@@ -12,7 +12,6 @@ from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch.layers._mamba import Mamba
 from tokendyn.backends.torch.layers._packing import by_sequence
-from tokendyn.backends.torch.ops._precision import without_autocast
 from tokendyn.backends.torch.ops._scan_plain import softplus
 from tokendyn.errors import OptionError
 
@@ -89,10 +88,9 @@ class ChunkOrderMamba(Mamba):
             order = self.token_order(chunks)
             ordered = chunks if order is None else order.apply(chunks)
             _, last = self.scan(ordered, return_last_state=True)
-            with without_autocast(x):
-                decays = self._decay(ordered).unflatten(0, (b, -1))
-                for decay, state in zip(decays.unbind(1), last.to(exact).unflatten(0, (b, -1)).unbind(1), strict=True):
-                    states.append(decay * states[-1] + state)
+            decays, last = (t.unflatten(0, (b, -1)).unbind(1) for t in (self._decay(ordered), last))
+            for decay, state in zip(decays, last, strict=True):
+                states.append(decay * states[-1] + state)
         return torch.stack(states, dim=1)
 
     def _decay(self, x: Tensor) -> Tensor:
