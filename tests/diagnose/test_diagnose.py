@@ -191,6 +191,10 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"the step size Δ (is not finite|explodes)|weight .* infinite",
     ),
     "NaN in x_proj": (lambda m: m.x_proj.weight[2, 3:4].fill_(float("nan")), r"x_proj\.weight holds 1 NaN entry"),
+    "A pushed to 0- in one channel of sixteen": (
+        lambda m: m.A_log[::16].fill_(-25.0),
+        r"^warning: .*A has been pushed to 0 in 6% of its entries",
+    ),
     "NaN in A_log": (lambda m: m.A_log[0].fill_(float("nan")), r"A_log holds \d+ NaN entries"),
     "infinite out_proj": (
         lambda m: m.out_proj.weight[0, :1].fill_(float("inf")),
@@ -216,7 +220,7 @@ def test_planted_faults_are_named_in_the_first_line(fault: str, family: str) -> 
         plant(model.backbone.layers[1].mixer)
     found = diagnose(model, ids)
     first = str(found).splitlines()[0]
-    assert first.startswith("critical: backbone.layers.1.mixer: ")
+    assert first.startswith(("critical" if "one channel" not in fault else "warning") + ": backbone.layers.1.mixer: ")
     assert re.search(cause, first)
     page = found.to_html()
     listed = re.findall(r"<b>(.*?)</b>", page)
@@ -246,6 +250,50 @@ def test_empty_inputs(inputs: Any, words: str) -> None:
     model, _ = small(42)
     with pytest.raises(errors.DataError, match=words):
         diagnose(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.tensor([[3, VOCABULARY]]), f"ids go from 3 to {VOCABULARY}, expected 0 to {VOCABULARY - 1}"),
+        (torch.tensor([[-1, 0]]), "ids go from -1 to 0"),
+        (torch.zeros(2, 5), r"Tiny cannot be called on these inputs \(\(2, 5\) float32\): "),
+        ({"ids": torch.zeros(1, 4, dtype=torch.long), "colour": "red"}, "unexpected keyword"),
+        ((torch.zeros(1, 4, dtype=torch.long),) * 3, "positional arguments"),
+        (np.zeros((1, 4), np.int64), r"inputs \(ndarray\) hold no tensor"),
+        ([[1, 2]], r"inputs \(list\) hold no tensor"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take(inputs: Any, words: str) -> None:
+    model, _ = small(42)
+    model.train()
+    with pytest.raises(errors.DataError, match=words) as raised:
+        diagnose(model, inputs)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(errors.ShapeError, match=r"Mamba: x has shape \(2, 3, 4, 16\)"):
+        diagnose(model, torch.zeros(2, 3, 4, dtype=torch.long))  # said by the layer itself
+    assert model.training
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_error_of_a_measurement_is_not_laid_on_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokendyn.diagnose import _diagnosis
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(_diagnosis, "measure", fail)
+    model, ids = small(42)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        diagnose(model, ids)
+
+
+def test_progress_is_told() -> None:
+    model, ids = small(42)
+    said: list[str] = []
+    diagnose(model, ids, progress=said.append)
+    assert [text.split(",")[0] for text in said] == ["1 of 3 layers", "2 of 3 layers", "3 of 3 layers"]
+    assert said[2].endswith("layers.2.mixer")
 
 
 def test_models_without_selective_layers() -> None:
@@ -299,6 +347,23 @@ def test_hostile_names_are_harmless_text(tmp_path: Path) -> None:
     assert data is not None
     assert json.loads(data.group(1))["layers"][0]["name"] == HOSTILE
     found.save(tmp_path / "report")  # the name is in the pictures too
+
+
+def test_names_do_not_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escapes of a terminal, a mark that turns the direction of writing, a line break, a very long name."""
+    torch.manual_seed(51)
+    wild = "a\x1b[2J\x9b31m\u202eb\nc" + "d" * 500
+    entries = _entries(8, 3)
+    entries["S_B"][0, 0] = float("nan")
+    save_projections(tmp_path, {wild: entries})
+    for arguments in ([], ["--json"], ["--out", str(tmp_path / "report")]):
+        assert main(["diagnose", str(tmp_path), *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert all(c.isprintable() or c == "\n" for c in printed)
+        assert "\n" not in printed.strip() or printed.startswith("critical: a\\x1b[2J\\x9b31m\\u202eb\\ncddd")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["layers"][0]["name"] == wild
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert not any(mark in page for mark in ("\x1b", "\x9b", "\u202e"))
 
 
 def _entries(d: int, state: int, **more: Any) -> dict[str, Any]:
@@ -400,6 +465,22 @@ def half_a_layer(folder: Path) -> None:
     save_file({f"a.{key}": value for key, value in entries.items()}, folder / "a.safetensors")
 
 
+@_bad("S_B is torch.int64, expected a tensor of floating numbers")
+def whole_numbers(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    entries = {**_entries(4, 2), "S_B": torch.ones(2, 4, dtype=torch.long)}
+    save_file({f"a.{key}": value for key, value in entries.items()}, folder / "a.safetensors")
+
+
+@_bad("x has shape")
+def tokens_of_another_width(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    entries = {**_entries(4, 2), "x": torch.ones(2, 5)}
+    save_file({f"a.{key}": value for key, value in entries.items()}, folder / "a.safetensors")
+
+
 @_bad("S_C has shape")
 def contradicting_shapes(folder: Path) -> None:
     from safetensors.torch import save_file
@@ -451,10 +532,29 @@ def test_command_takes_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ids.write_text("[1, 2, 3, 4]")
     assert main(["diagnose", str(tmp_path / "model"), "--tokens", str(ids), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["inputs"] == [1, 4]
-    for text, words in (("[1, 999]", "outside 0 to"), ("[]", "at least one token"), ("no", "no JSON list")):
+    for text, words in (
+        ("[1, 999]", "0 to 47"),
+        ("[]", "at least one token"),
+        ("no", "no JSON list"),
+        ("[[1, 2], [3]]", "no JSON list"),
+        ('["a"]', "no JSON list"),
+        ("[1.5]", "expected a JSON list of whole numbers"),
+        ("[true]", "expected a JSON list of whole numbers"),
+        ("7", "expected a JSON list of whole numbers"),
+        ("[[[1]]]", "expected a JSON list of whole numbers"),
+        ("[99999999999999999999]", "no JSON list"),
+    ):
         ids.write_text(text)
         assert main(["diagnose", str(tmp_path / "model"), "--tokens", str(ids)]) == 2
-        assert words in capsys.readouterr().err
+        said = capsys.readouterr().err.strip()
+        assert words in said
+        assert "\n" not in said
+    assert main(["diagnose", str(tmp_path / "model"), "--tokens", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["diagnose", str(tmp_path / "model"), "--length", "9", "--out", str(ids)]) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
+    assert main(["diagnose", str(tmp_path / "model"), "--length", "9", "--channels", "99"]) == 2
+    assert "channel is 99, expected 0 to 31" in capsys.readouterr().err
 
 
 def test_layers_of_transformers_in_a_folder(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from tokendyn.diagnose import diagnose, load
+    from tokendyn.diagnose._diagnosis import make_folder
 
+    if options.out is not None:
+        make_folder(options.out)  # what cannot be written to is said before the work
     torch.manual_seed(options.seed)
     model, inputs = load(options.path)
     about = "inputs that come with it"
@@ -31,16 +35,43 @@ def run(arguments: list[str]) -> int:
     elif options.text is not None or options.tokens is not None:
         raise OptionError("diagnose: --text and --tokens are for language models; this folder holds projections")
     found = diagnose(
-        model, inputs, channels=tuple(options.channels), sequences=options.sequences, name=Path(options.path).name
+        model,
+        inputs,
+        channels=tuple(options.channels),
+        sequences=options.sequences,
+        name=Path(options.path).resolve().name if Path(options.path).exists() else options.path,
+        progress=_Progress(),
     )
     found.model["about"] = about
     if options.json:
-        print(json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(found.to_json(), allow_nan=False))
     else:
         print(found)
     if options.out is not None:
         print(f"written: {found.save(options.out) / 'report.html'}", file=sys.stderr)
     return 0
+
+
+class _Progress:
+    """Lines on stderr, where the work takes longer than a few seconds: one every two seconds at most."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._begun >= 3 and now - self._last >= 2:
+            from tokendyn.diagnose._words import printable
+
+            self._last = now
+            print(f"diagnose: {printable(text, 160)}", file=sys.stderr, flush=True)
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} is out of range, expected 0 to 2^63 - 1")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--channels", type=int, nargs="+", default=[], metavar="C", help="channels to show by themselves"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random tokens (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the random tokens (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -74,20 +105,34 @@ def _tokens(model: Any, options: argparse.Namespace) -> tuple[Any, str]:
     if table is None:
         raise OptionError("diagnose: the model has no embedding to take token ids; call tokendyn.diagnose from Python")
     if options.tokens is not None:
-        try:
-            ids = torch.tensor(json.loads(options.tokens.read_text()), dtype=torch.long)
-        except (ValueError, TypeError) as cause:
-            raise DataError(f"diagnose: {options.tokens} is no JSON list of token ids ({cause})") from cause
-        if not ids.numel():
-            raise DataError(f"diagnose: {options.tokens} is empty, expected at least one token")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
-            raise DataError(f"diagnose: {options.tokens} has ids outside 0 to {table.num_embeddings - 1}")
+        ids = _ids(options.tokens)
         return torch.atleast_2d(ids), "token ids given"
     if options.length < 1:
         raise OptionError(f"diagnose: --length is {options.length}, expected 1 or more")
     return torch.randint(
         table.num_embeddings, (1, options.length)
     ), "random token ids: give --text or --tokens for real ones"
+
+
+def _ids(file: Path) -> Any:
+    """The tensor in a JSON file of token ids."""
+    import torch
+
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        ids = torch.tensor(given)
+    except OSError as cause:
+        raise DataError(f"diagnose: {file} cannot be read ({cause.strerror})") from cause
+    except (ValueError, TypeError, RuntimeError) as cause:
+        raise DataError(f"diagnose: {file} is no JSON list of token ids ({cause})") from cause
+    if not ids.numel():
+        raise DataError(f"diagnose: {file} is empty, expected at least one token")
+    if not isinstance(given, list) or ids.dtype != torch.long or ids.ndim > 2:
+        raise DataError(
+            f"diagnose: {file} holds {str(ids.dtype).removeprefix('torch.')} numbers of shape {tuple(ids.shape)}, "
+            f"expected a JSON list of whole numbers, or a list of such lists of one length"
+        )
+    return ids
 
 
 def _tokenized(path: str, text: str) -> Any:

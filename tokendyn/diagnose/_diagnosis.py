@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokendyn.diagnose._adapters import find_sites, other_layers
 from tokendyn.diagnose._capture import Capture, watching
 from tokendyn.diagnose._findings import Finding, find_findings
+from tokendyn.diagnose._inputs import NotOfTheModel, model_arguments, run_model, tensors
 from tokendyn.diagnose._measure import measure
 from tokendyn.diagnose._origin import bad_weights, origin_of_non_finite
+from tokendyn.diagnose._words import printable
 from tokendyn.errors import DataError, OptionError
 
 
@@ -44,7 +46,7 @@ class Diagnosis:
         header = ["layer", "regime", "Δ median", "horizon", "‖M‖", "entropy", "sink 1st", "cosine", "rank"]
         rows = [
             [
-                layer["name"],
+                printable(layer["name"], 60),
                 *map(
                     _cell,
                     (
@@ -84,13 +86,17 @@ class Diagnosis:
         return render(self.to_json())
 
     def save(self, folder: str | Path, *, pictures: bool = True) -> Path:
-        """Write ``report.html``, ``report.json`` and, with Matplotlib, ``*.png`` into ``folder``; its path."""
+        """Write ``report.html``, ``report.json`` and, with Matplotlib, ``*.png`` into ``folder``; its path.
+
+        Raises:
+            DataError: the folder cannot be made.
+        """
         from tokendyn.diagnose._pictures import save_pictures
 
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        path = make_folder(folder)
         content = self.to_json()
-        (path / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        (path / "report.json").write_text(f"{text}\n", encoding="utf-8")
         (path / "report.html").write_text(self.to_html(), encoding="utf-8")
         if pictures:
             save_pictures(content, path)
@@ -104,6 +110,7 @@ def diagnose(
     channels: tuple[int, ...] = (),
     sequences: int = 1,
     name: str | None = None,
+    progress: Callable[[str], Any] | None = None,
 ) -> Diagnosis:
     """In which regime every selective layer of a trained model works on these inputs, and what is wrong with it.
 
@@ -125,13 +132,14 @@ def diagnose(
         channels: channels whose own hidden attention is to be in the report.
         sequences: how many sequences of the batch the attention is averaged over.
         name: the model's name in the report; its class by default.
+        progress: called with a sentence after every layer.
 
     Returns:
         :class:`Diagnosis`.
 
     Raises:
         OptionError: there is no selective layer that can be read, or an option is out of range.
-        DataError: the inputs are empty.
+        DataError: the inputs are empty, hold ids outside an embedding, or are refused by the model.
 
     Cost:
         One forward pass, and a layer about O(c L² N) for the hidden attention of c channels; c is all of them up to
@@ -152,18 +160,28 @@ def diagnose(
     begun = time.perf_counter()
     weights = bad_weights(model)
     layers: list[dict[str, Any]] = []
+    failed: list[Exception] = []
 
     def receive(capture: Capture) -> None:
-        layers.append(measure(capture, channels=channels, sequences=sequences))
+        try:
+            layers.append(measure(capture, channels=channels, sequences=sequences))
+        except Exception as error:  # not to be mistaken for one of the model, whose forward this is called from
+            failed.append(error)
+            raise NotOfTheModel from error
+        if progress is not None:
+            seconds = time.perf_counter() - begun
+            progress(f"{len(layers)} of {max(len(sites), len(layers))} layers, {seconds:.0f} s: {capture.title}")
 
-    with Evaluating(model), torch.no_grad(), origin_of_non_finite(model) as origin, watching(model, sites, receive):
-        model(*args, **kwargs)
+    with origin_of_non_finite(model) as origin, watching(model, sites, receive), contextlib.suppress(NotOfTheModel):
+        run_model(model, args, kwargs)
+    if failed:
+        raise failed[0]
     if not layers:
         raise OptionError(
             f"diagnose: none of the {len(sites)} selective layers of {type(model).__name__} ran a scan that hooks can "
             f"see on these inputs; call it on a whole sequence, without a cache, and without torch.compile"
         )
-    first = next(_tensors((args, kwargs)))
+    first = next(tensors((args, kwargs)))
     parameters = list(model.parameters())
     described = {
         "name": name or type(model).__name__,
@@ -177,28 +195,14 @@ def diagnose(
     return Diagnosis(tuple(find_findings(layers, weights, origin)), tuple(layers), described)
 
 
-def model_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        args, kwargs = (), dict(inputs)
-    elif isinstance(inputs, tuple):
-        args, kwargs = inputs, {}
-    else:
-        args, kwargs = (inputs,), {}
-    tensors = list(_tensors((args, kwargs)))
-    if not tensors:
-        raise DataError("diagnose: inputs hold no tensor, expected token ids or features as a torch.Tensor")
-    if any(0 in tensor.shape for tensor in tensors):
-        shape = next(tuple(tensor.shape) for tensor in tensors if 0 in tensor.shape)
-        raise DataError(f"diagnose: an input has shape {shape}, expected at least one token")
-    return args, kwargs
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(entry)
+def make_folder(folder: str | Path) -> Path:
+    """``folder``, made if missing."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise DataError(f"diagnose: {path} cannot be made a folder for the report ({cause.strerror})") from cause
+    return path
 
 
 def _expect_channels(channels: tuple[int, ...]) -> None:
@@ -213,21 +217,6 @@ def _nothing_found(model: nn.Module) -> str:
         f"diagnose: no selective (S6) layer found in {type(model).__name__}{looks}; expected modules with in_proj, "
         f"x_proj, dt_proj, A_log and out_proj, or tokendyn's own layers"
     )
-
-
-class Evaluating:
-    """The model in evaluation mode, every module's own mode restored afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes:
-            module.training = training
 
 
 def _get(value: Any, *keys: str) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from tokendyn.diagnose._measure._memory import RATE_VANISHED
 from tokendyn.diagnose._measure._statistics import rank_correlation
+from tokendyn.diagnose._words import printable
 
 SEVERITIES = ("critical", "warning", "note")
 
@@ -51,7 +52,7 @@ class Finding:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.title}. {self.detail} {self.advice}".rstrip()
+        return printable(f"{self.severity}: {self.title}. {self.detail} {self.advice}".rstrip())
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary."""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from tokendyn import _checks as check
 from tokendyn import _operations as ops
 from tokendyn.backends.torch._tensor_files import PICKLE_SUFFIXES, read_tensors, refusal, write_tensors
-from tokendyn.errors import BackendMissing, CheckpointError, DataError, OptionError
+from tokendyn.diagnose._words import printable
+from tokendyn.errors import BackendMissing, CheckpointError, DataError, DTypeError, OptionError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 #: Of a layer in a folder of projections: entry -> (its shape, whether it must be there).
@@ -102,7 +104,7 @@ def _from_transformers(name: str, dtype: torch.dtype | None, *, local: bool) -> 
         )
     except Exception as cause:
         said = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise CheckpointError(f"diagnose: transformers cannot read {name}: {said[0]}") from cause
+        raise CheckpointError(f"diagnose: transformers cannot read {name}: {printable(said[0], 300)}") from cause
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
@@ -195,13 +197,14 @@ def load_projections(path: str | Path, *, dtype: torch.dtype | None = None) -> t
 
     Args:
         path: a folder with one or more ``.safetensors``, or one such file.
-        dtype: of the computation.
+        dtype: of the computation; the widest of a layer's own entries unless given.
 
     Returns:
         the layers, and ``{"tokens": {layer: x}}``; without recorded tokens normal ones (2 sequences of 128, seed 0).
 
     Raises:
-        CheckpointError: no such entries, a pickle, a file cut short; ShapeError: shapes that contradict each other.
+        CheckpointError: no such entries, a pickle, a file cut short.
+        ShapeError: shapes that contradict each other; DTypeError: entries that are no floating numbers.
     """
     place = Path(path)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
@@ -215,7 +218,7 @@ def load_projections(path: str | Path, *, dtype: torch.dtype | None = None) -> t
         for key, value in read_tensors(file).items():
             layer, _, entry = key.rpartition(".")
             if entry in ENTRIES:
-                layers.setdefault(layer or file.stem, {})[entry] = value.to(dtype or value.dtype)
+                layers.setdefault(layer or file.stem, {})[entry] = value
     if not layers:
         raise CheckpointError(
             f"{place} holds no selective (S6) layer, expected entries LAYER.S_B, LAYER.S_C, LAYER.S_delta, LAYER.A"
@@ -224,6 +227,8 @@ def load_projections(path: str | Path, *, dtype: torch.dtype | None = None) -> t
     generator = torch.Generator().manual_seed(0)
     for name, entries in layers.items():
         _check_layer(name, entries)
+        kept = dtype or reduce(torch.promote_types, (value.dtype for value in entries.values()))
+        entries = {entry: value.to(kept) for entry, value in entries.items()}
         x = entries.pop("x", None)
         if x is None:
             A = entries["A"]
@@ -240,6 +245,9 @@ def _check_layer(name: str, entries: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the layer {name!r} lacks {', '.join(wanted)}")
     shapes = check.Shapes(f"the layer {name!r}")
     for entry, value in entries.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise DTypeError(f"the layer {name!r}: {entry} is {kind}, expected a tensor of floating numbers")
         shapes.expect(entry, value, ENTRIES[entry][0])
 
 

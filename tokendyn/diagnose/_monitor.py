@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokendyn.diagnose._adapters import find_sites
 from tokendyn.diagnose._capture import Capture, watching
+from tokendyn.diagnose._words import printable
 from tokendyn.errors import OptionError
 
 #: Tokens and channels looked at in a step.
@@ -168,7 +169,7 @@ class Monitor:
     def _say(self, name: str, kind: str, text: str) -> None:
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
-            self._warn(text)
+            self._warn(printable(text))
 
 
 def cheap(capture: Capture) -> dict[str, float]:

@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from tokendyn.diagnose._words import printable
+
 _KINDS = (("convergence", "#3a6fb5"), ("slow divergence", "#c98a10"), ("fast divergence", "#c4452c"))
 
 
@@ -107,5 +109,4 @@ def _spectra(layers: list[dict[str, Any]], path: Path) -> Path:
 
 
 def _short(name: str) -> str:
-    printable = "".join(c if c.isprintable() else "?" for c in name)
-    return printable if len(printable) <= 30 else "…" + printable[-29:]
+    return printable(name, 30)

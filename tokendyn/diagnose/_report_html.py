@@ -7,9 +7,15 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from tokendyn.diagnose._words import readable
+
+#: Channels of a layer whose rates are drawn; report.json has all.
+_CHANNELS = 512
+
 _COLUMNS = (
     ("regime", ("regime", "kind")),
-    ("growth", ("regime", "rate", "median")),
+    ("growth predicted", ("regime", "rate", "median")),
+    ("growth measured", ("growth", "measured", "median")),
     ("Δ median", ("memory", "delta", "median")),
     ("horizon", ("memory", "horizon", "median")),
     ("‖M‖", ("spectrum", "norm")),
@@ -24,6 +30,7 @@ _COLUMNS = (
 def render(content: dict[str, Any]) -> str:
     """The page for ``Diagnosis.to_json()``. Findings and the table stand in it as text, plots are drawn in it."""
     page = files("tokendyn.diagnose") / "_page"
+    content = readable({**content, "layers": [_thinned(layer) for layer in content["layers"]]})
     model = content["model"]
     title = escape(str(model.get("name", "model")))
     return f"""<!doctype html>
@@ -66,6 +73,19 @@ tokendyn.</footer>
 </body>
 </html>
 """
+
+
+def _thinned(layer: dict[str, Any]) -> dict[str, Any]:
+    """``layer`` with evenly spaced channels only, where it has very many."""
+    regime = layer["regime"]
+    if regime is None:
+        return layer
+    count = len(regime["channels"]["rate"])
+    places = list(range(0, count, -(-count // _CHANNELS)))
+    chosen = {key: [regime["channels"][key][place] for place in places] for key in ("rate", "kind")}
+    memory = {**layer["memory"], "channels": {"delta": [layer["memory"]["channels"]["delta"][p] for p in places]}}
+    channels = {**chosen, "place": places, "kinds": regime["channels"]["kinds"]}
+    return {**layer, "memory": memory, "regime": {**regime, "channels": channels}}
 
 
 def _embedded(content: dict[str, Any]) -> str:

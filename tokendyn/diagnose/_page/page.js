@@ -184,7 +184,7 @@
         const [x, y] = this.locate(e);
         if (this.options.cells) {
           const c = this.cell && this.cell(x, y), size = this.options.size;
-          const span = (k) => size === 1 ? k : `${k * size}–${(k + 1) * size - 1}`;
+          const span = (k) => size === 1 ? k + 1 : `${k * size + 1}–${(k + 1) * size}`; // token 1 is the first
           if (c) show(`token ${span(c.i)} looks at ${span(c.j)}\n${fmt(100 * c.v)} % of its attention`, e.clientX, e.clientY); else hide();
           return;
         }
@@ -227,8 +227,12 @@
         base = y.map((v, i) => v ?? base[i]); return s;
       });
       new Plot(host, { title: "Regime of every layer", note: "Share of the movement of token coordinates that shrinks them, grows them while Δ falls, grows them while Δ rises.", series, labels: true, bars: true, yRange: [0, 1], xLabel: "layer", yLabel: "share" });
-      new Plot(host, { title: "How fast tokens grow", note: "Relative growth of a token's norm in one unit of time, dx/dt = P x: 5 %, median and 95 % over tokens.", labels: true, xLabel: "layer", yLabel: "rate", series: [
+      new Plot(host, { title: "How fast tokens grow: theory", note: "Relative growth of a token's norm in one unit of time, dx/dt = P x: 5 %, median and 95 % over tokens.", labels: true, xLabel: "layer", yLabel: "rate", series: [
         { name: "95 %", colour: "fast", thin: true, x: depth, y: over("regime", "rate", "p95") }, { name: "median", colour: "ink", x: depth, y: over("regime", "rate", "median") }, { name: "5 %", colour: "shrink", thin: true, x: depth, y: over("regime", "rate", "p05") }] });
+    }
+    if (layers.some((layer) => layer.growth)) {
+      new Plot(host, { title: "How fast tokens grow: measured", note: "ln(norm after / norm before) of the residual stream across the layer's block, over tokens, beside the median that theory predicts of the scan alone.", labels: true, xLabel: "layer", yLabel: "growth", series: [
+        { name: "95 %", colour: "fast", thin: true, x: depth, y: over("growth", "measured", "p95") }, { name: "median", colour: "ink", x: depth, y: over("growth", "measured", "median") }, { name: "5 %", colour: "shrink", thin: true, x: depth, y: over("growth", "measured", "p05") }, { name: "predicted median", colour: "other", dashed: true, x: depth, y: over("growth", "predicted", "median") }] });
     }
     if (layers.some((layer) => layer.tokens)) {
       new Plot(host, { title: "Tokens over depth", note: "Mean cosine of two tokens, and of a token with the first, in the residual stream after each block: 1 is collapse.", labels: true, xLabel: "layer", yLabel: "cosine", series: [
@@ -250,15 +254,33 @@
     const list = document.createElement("dl"); list.className = "facts";
     for (const [name, value] of [
       ["regime", get(layer, "regime", "kind")], ["x₁ᵀ M x₁ of the first token", get(layer, "regime", "first_token", "product")], ["pairs with xₗᵀ M xⱼ > 0", get(layer, "regime", "pair_positive")],
-      ["channels growing", get(layer, "regime", "channels_growing")], ["‖M‖₂", get(layer, "spectrum", "norm")], ["rank of M", get(layer, "spectrum", "rank")], ["positive part of spectrum", get(layer, "spectrum", "positive_weight")],
+      ["channels growing", get(layer, "regime", "channels_growing")], ["layers for a change by e, in theory", get(layer, "regime", "e_fold")], ["growth has the sign predicted", get(layer, "growth", "sign_agreement")], ["growth, rank correlation", get(layer, "growth", "correlation")], ["‖M‖₂", get(layer, "spectrum", "norm")], ["rank of M", get(layer, "spectrum", "rank")], ["positive part of spectrum", get(layer, "spectrum", "positive_weight")],
       ["attention entropy", get(layer, "attention", "entropy")], ["mean look-back", get(layer, "attention", "mean_distance")],
-      ["stable poles", get(layer, "sphere", "stable_pole_count")], ["distance to ±x₁", get(layer, "sphere", "distance_to_first")], ["moves towards ±x₁", get(layer, "sphere", "towards_first")],
+      ["stable poles", get(layer, "sphere", "stable_pole_count")], ["distance to ±x₁", get(layer, "sphere", "distance_to_first")], ["moves towards ±x₁", get(layer, "sphere", "towards_first")], ["moves towards nearest pole", get(layer, "sphere", "towards_pole")],
       ["powers of 10 to overflow", get(layer, "health", "headroom")], ["attention explains output to", get(layer, "attention", "reconstruction")], ["Δ of 1st token / others", get(layer, "memory", "first_token_step")]]) {
       const row = document.createElement("div"), dt = document.createElement("dt"), dd = document.createElement("dd");
       dt.textContent = name; dd.textContent = typeof value === "number" ? fmt(value) : value ?? "–"; row.append(dt, dd); list.append(row);
     }
     host.append(list);
     for (const note of layer.notes || []) { const p = document.createElement("p"); p.className = "soft"; p.textContent = "Note: " + note + "."; host.append(p); }
+  }
+
+  /* How far the tokens are from every point that theory sends them to. */
+  function limits(host, points) {
+    const box = document.createElement("div"), table = document.createElement("table"), head = table.createTHead().insertRow();
+    box.className = "scroll"; box.tabIndex = 0; box.setAttribute("role", "region"); box.setAttribute("aria-label", "Limit points on the sphere");
+    for (const name of ["limit point", "predicted", "distance, 5 %", "median", "95 %", "tokens nearest", "rate there"]) {
+      const th = document.createElement("th"); th.scope = "col"; th.textContent = name; head.append(th);
+    }
+    const body = table.createTBody();
+    for (const p of points) {
+      const row = body.insertRow(), near = p.nearest === null ? "–" : (100 * p.nearest).toFixed(0) + " %";
+      for (const text of [p.point, p.predicted ? "yes" : "no", fmt(get(p, "distance", "p05")), fmt(get(p, "distance", "median")), fmt(get(p, "distance", "p95")), near, fmt(p.rate)]) row.insertCell().textContent = text;
+    }
+    const title = document.createElement("h3"), note = document.createElement("p"); note.className = "soft";
+    title.textContent = "Limit points on the sphere";
+    note.textContent = "Distance is 1 − cosine (0: there, 1: at a right angle); of the hyperplane, |cosine| with its normal. ±x₁ are the limits where Δ is shared by the channels, poles ±eν where it is not; channels are counted from 0, tokens from 1.";
+    box.append(table); host.append(title, note, box);
   }
 
   function detail(index) {
@@ -270,7 +292,7 @@
     const a = layer.attention, s = layer.spectrum;
     if (a) {
       new Plot(grid, { title: "Hidden attention", square: true, note: `Mean of |P| over ${a.channels} of ${a.of} channels, rows normalised; darker is more (logarithmic).`, cells: a.picture.cells, size: a.picture.size, xLabel: "token looked at", yLabel: "token looking" });
-      const place = a.sink.map((_, i) => i);
+      const place = a.sink.map((_, i) => i + 1);
       new Plot(grid, { title: "Sink score of every position", square: true, note: "Mean attention from all later tokens, beside an even spread.", log: true, xLabel: "position", yLabel: "attention", series: [
         { name: "this layer", colour: "accent", x: place.slice(0, -1), y: a.sink.slice(0, -1) }, { name: "even spread", colour: "other", dashed: true, x: place.slice(0, -1), y: a.even.slice(0, -1) }] });
     }
@@ -281,13 +303,20 @@
       new Plot(grid, { title: "Spectrum of the symmetric part", square: true, note: "Magnitudes tell layers apart; the count of signs is N and N for every free layer. " + note, bars: true, xLabel: "rank", yLabel: "σ", series: [
         { name: "positive", colour: "fast", kind: "dots", x: s.symmetric.map((_, i) => i).filter((i) => s.symmetric[i] >= 0), y: s.symmetric.filter((v) => v >= 0) }, { name: "negative", colour: "shrink", kind: "dots", x: s.symmetric.map((_, i) => i).filter((i) => s.symmetric[i] < 0), y: s.symmetric.filter((v) => v < 0) }] });
     }
-    if (layer.regime) new Plot(grid, { title: "Growth of every token", square: true, note: "Relative rate at which a token's norm grows under dx/dt = P x; below 0 it shrinks.", xLabel: "position", yLabel: "rate", series: [{ name: "rate", colour: "accent", x: layer.regime.rate_of_token.place, y: layer.regime.rate_of_token.value }] });
+    if (layer.regime) new Plot(grid, { title: "Growth of every token", square: true, note: "Relative rate at which a token's norm grows under dx/dt = P x; below 0 it shrinks.", xLabel: "position", yLabel: "rate", series: [{ name: "rate", colour: "accent", x: layer.regime.rate_of_token.place.map((v) => v + 1), y: layer.regime.rate_of_token.value }] });
+    if (layer.regime) {
+      const c = layer.regime.channels, colours = { convergence: "shrink", "slow divergence": "slow", "fast divergence": "fast", divergence: "fast", mixed: "other", stationary: "soft" };
+      const series = c.kinds.map((kind, k) => { const of = c.place.map((_, i) => i).filter((i) => c.kind[i] === k);
+        return { name: kind, colour: colours[kind], kind: "dots", radius: 2.5, x: of.map((i) => c.place[i]), y: of.map((i) => c.rate[i]), tell: (n) => `channel ${c.place[of[n]]}: ${kind}\nrate ${fmt(c.rate[of[n]])}, mean Δ ${fmt(layer.memory.channels.delta[of[n]])}` }; }).filter((s) => s.x.length);
+      new Plot(grid, { title: "Regime of every channel", square: true, note: "Relative rate of a channel's coordinates under dx/dt = P x, by the regime of its own movement.", xLabel: "channel", yLabel: "rate", series });
+    }
     if (layer.sphere) {
       const p = layer.sphere.coordinates;
       new Plot(grid, { title: "Tokens on the sphere", square: true, equal: true, note: "Normalised tokens along the first token (across) and along the direction in which the others spread most (up). ±x₁ lie at (±1, 0).", xLabel: "along x₁", yLabel: "across", series: [
         { name: "token", colour: "accent", kind: "dots", radius: 3, x: p.map((v) => v[0]), y: p.map((v) => v[1]) }, { name: "±x₁", colour: "fast", kind: "dots", radius: 6, x: [1, -1], y: [0, 0] }] });
     }
     for (const c in (a && a.of_channel) || {}) new Plot(grid, { title: `Hidden attention of channel ${c}`, square: true, note: "|P| of this channel, rows normalised.", cells: a.of_channel[c].cells, size: a.of_channel[c].size, xLabel: "token looked at", yLabel: "token looking" });
+    if (layer.sphere && layer.sphere.limit_points.length) limits(host, layer.sphere.limit_points);
   }
 
   overview();

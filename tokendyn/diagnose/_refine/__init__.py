@@ -16,6 +16,7 @@ from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch._tensor_files import read_tensors, write_tensors
 from tokendyn.diagnose._adapters import find_sites
+from tokendyn.diagnose._inputs import model_arguments, run_model
 from tokendyn.diagnose._refine._order import reorder
 from tokendyn.diagnose._refine._spectrum import REGIMES, constrain
 from tokendyn.errors import CheckpointError, OptionError
@@ -242,13 +243,8 @@ def _fill(done: Refinement, tensors: dict[str, Tensor], folder: Path) -> None:
             raise CheckpointError(f"refine: the refinement in {folder} is of another model: {name}: {said}") from cause
 
 
-@torch.no_grad()
 def _outputs(model: nn.Module, inputs: Any) -> Tensor:
-    from tokendyn.diagnose._diagnosis import Evaluating, model_arguments
-
-    args, kwargs = model_arguments(inputs)
-    with Evaluating(model):
-        out = model(*args, **kwargs)
+    out = run_model(model, *model_arguments(inputs))
     for candidate in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
         if isinstance(candidate, Tensor):
             return candidate.detach().double()
