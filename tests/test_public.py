@@ -36,6 +36,7 @@ MODELS = [
     "H3LMConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "MambaClassifier",
     "TransformerLM",
     "TransformerLMConfig",
     "MambaLM",

@@ -1,5 +1,6 @@
 """Models on PyTorch."""
 
+from tokendyn.backends.torch.models._classifier import MambaClassifier
 from tokendyn.backends.torch.models._h3_lm import H3LM, H3LMConfig
 from tokendyn.backends.torch.models._language import LanguageModel, LanguageModelConfig
 from tokendyn.backends.torch.models._mamba_lm import MambaLM, MambaLMConfig, mamba_lm_130m
@@ -18,6 +19,7 @@ __all__ = [
     "H3LMConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "MambaClassifier",
     "MambaLM",
     "MambaLMConfig",
     "MambaVision",

@@ -71,7 +71,9 @@ class LanguageModelConfig:
             check.expect_size(name, size, getattr(self, size))
         check.expect_choice(name, "norm", self.norm, ("rms", "layer", "none"))
         check.expect_choice(name, "order_scope", self.order_scope, get_args(OrderScope))
-        order = OrderConfig(**self.order) if isinstance(self.order, dict) else self.order  # a dict: out of config.json
+        order: Any = self.order
+        if isinstance(order, dict):  # out of config.json
+            order = OrderConfig(**order)
         object.__setattr__(self, "order", OrderConfig.of(order))
         for rate in ("dropout", "head_dropout"):
             if not 0 <= getattr(self, rate) < 1:
@@ -179,7 +181,7 @@ class Block(nn.Module):
         self.mlp = mlp
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, **options: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         """x (b, L, D) → the same; ``options`` go to the mixer."""
         return self._through_mlp(x + self.dropout(self.mixer(self.norm(x), **options)))
 
@@ -216,10 +218,11 @@ class Backbone(nn.Module):
         return list(self.layers) if len(self.layers) == self.n_layer else [self.layers[0]] * self.n_layer
 
     def embed(self, tokens: Tensor) -> Tensor:
+        check.expect_ids("the language model", "tokens", tokens, self.embedding.num_embeddings)
         x = self.embedding(tokens)
         return x.to(torch.promote_types(x.dtype, torch.float32)) if self.in_fp32 else x
 
-    def forward(self, tokens: Tensor, **options: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
         x = self.embed(tokens)
         again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks():
@@ -231,6 +234,23 @@ class Backbone(nn.Module):
         for block, states in zip(self.blocks(), cache, strict=True):
             x = block.advance(x, states, prompt=prompt)
         return self.norm_f(x)
+
+
+def initialise(model: nn.Module, backbone: Backbone) -> None:
+    """Embeddings at deviation 0.02, biases 0, and the last projection of each branch over √(number of branches).
+
+    The last keeps the variance of the residual stream from growing with depth (GPT-2's rule, as in mamba-ssm).
+    """
+    branches = backbone.n_layer * (1 if backbone.layers[0].mlp is None else 2)
+    nn.init.normal_(backbone.embedding.weight, std=0.02)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
+            nn.init.zeros_(module.bias)
+        if name.endswith((".out_proj", ".fc2")):
+            with torch.no_grad():
+                module.weight.div_(math.sqrt(branches))
 
 
 class LanguageModel(nn.Module, Generic[Config]):
@@ -259,29 +279,13 @@ class LanguageModel(nn.Module, Generic[Config]):
         self.backbone = Backbone(self.config, self.make_block)
         self.head_dropout = nn.Dropout(self.config.head_dropout)
         self.lm_head = nn.Linear(self.config.d_model, self.config.rows, bias=False)
-        self._initialise()
+        initialise(self, self.backbone)
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
     def make_block(self, index: int) -> Block:
         """Block number ``index``, on the CPU."""
         raise NotImplementedError
-
-    def _initialise(self) -> None:
-        """Embeddings at deviation 0.02, biases 0, and the last projection of each branch over √(number of branches).
-
-        The last keeps the variance of the residual stream from growing with depth (GPT-2's rule, as in mamba-ssm).
-        """
-        branches = self.config.n_layer * (1 if self.backbone.layers[0].mlp is None else 2)
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
-                nn.init.zeros_(module.bias)
-            if name.endswith((".out_proj", ".fc2")):
-                with torch.no_grad():
-                    module.weight.div_(math.sqrt(branches))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, *, seq_idx: Tensor | None = None) -> Tensor:
         """Logits of the next token, or with ``targets`` minus the logarithm of their probabilities.
@@ -295,6 +299,10 @@ class LanguageModel(nn.Module, Generic[Config]):
         Returns:
             (b, L, rows) logits in the dtype of the weights; or (b, L) float32 of ``-ln p(targets)`` in nats, for which
             the logits are made and made again for a few thousand tokens at a time and never all kept.
+
+        Raises:
+            ShapeError: tokens, targets or seq_idx of another shape or dtype.
+            DataError: on a CPU, an id that the embedding does not have.
         """
         self._expect_ids(tokens)
         packed = {} if seq_idx is None else {"seq_idx": self._expect_packed(seq_idx, tokens)}

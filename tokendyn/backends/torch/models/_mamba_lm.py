@@ -34,6 +34,30 @@ class MambaLMConfig(LanguageModelConfig):
     io_form: str = "paper"
 
 
+def mamba_block(config: MambaLMConfig, index: int) -> Block:
+    """Block number ``index`` of a Mamba, with the order that ``config`` asks for."""
+    options: dict[str, Any] = {
+        "d_state": config.d_state,
+        "d_conv": config.d_conv,
+        "expand": config.expand,
+        "dt_rank": config.dt_rank,
+        "conv_bias": config.conv_bias,
+        "bias": config.bias,
+        "layer_idx": index,
+        "scalar_A": config.scalar_A,
+        "io_regime": config.io_regime,
+        "io_form": config.io_form,
+        "order": config.order,
+    }
+    if config.order is None or config.order_scope == "sequence":
+        return Block(config, Mamba(config.d_model, **options))
+    if config.order_scope == "chunks":
+        return Block(config, ChunkOrderMamba(config.d_model, chunk=config.order_chunk, **options))
+    if config.order_scope == "groups":
+        return Block(config, GroupOrderMamba(config.d_model, groups=config.order_groups, **options))
+    return Block(config, WindowOrderMamba(config.d_model, **options))
+
+
 class MambaLM(LanguageModel[MambaLMConfig]):
     """Mamba language model: ``x ← x + Mamba(norm(x))``, ``n_layer`` times.
 
@@ -57,27 +81,7 @@ class MambaLM(LanguageModel[MambaLMConfig]):
     config_type = MambaLMConfig
 
     def make_block(self, index: int) -> Block:
-        config = self.config
-        options: dict[str, Any] = {
-            "d_state": config.d_state,
-            "d_conv": config.d_conv,
-            "expand": config.expand,
-            "dt_rank": config.dt_rank,
-            "conv_bias": config.conv_bias,
-            "bias": config.bias,
-            "layer_idx": index,
-            "scalar_A": config.scalar_A,
-            "io_regime": config.io_regime,
-            "io_form": config.io_form,
-            "order": config.order,
-        }
-        if config.order is None or config.order_scope == "sequence":
-            return Block(config, Mamba(config.d_model, **options))
-        if config.order_scope == "chunks":
-            return Block(config, ChunkOrderMamba(config.d_model, chunk=config.order_chunk, **options))
-        if config.order_scope == "groups":
-            return Block(config, GroupOrderMamba(config.d_model, groups=config.order_groups, **options))
-        return Block(config, WindowOrderMamba(config.d_model, **options))
+        return mamba_block(self.config, index)
 
     def save_pretrained(self, folder: Any, *, layout: str = "tokendyn") -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.
