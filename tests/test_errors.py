@@ -84,9 +84,39 @@ SHAPES = {
     ),
     "seq_idx without batch": (scan(seq_idx=zeros(32, dtype="int64")), r"seq_idx has shape \(32,\), expected \(b, L\)"),
     "lengths of another batch": (scan(lengths=zeros(3, dtype="int64")), r"lengths has shape \(3,\), expected \(b,\)"),
+    "B tokens first, told what to do": (
+        scan(B=zeros(2, 32, 4)),
+        r"; are the last two axes of B, or of the arrays before it, exchanged\?$",
+    ),
+    "everything tokens first": (
+        scan(
+            u=zeros(2, 32, 8),
+            delta=zeros(2, 32, 8),
+            z=zeros(2, 32, 8),
+            B=zeros(2, 32, 4),
+            C=zeros(2, 32, 4),
+        ),
+        r"with b = 2, d = 32, L = 8.*; are the last two axes of \w+, or of the arrays before it, exchanged\?$",
+    ),
+    "u tokens first": (
+        scan(u=zeros(2, 32, 8), delta=zeros(2, 32, 8)),
+        r"z has shape \(2, 8, 32\), .*; are the last two axes of \w+, or of the arrays before it, exchanged\?$",
+    ),
+    "tokens to permute channels first": (
+        order("take_tokens", x=zeros(2, 3, 5)),
+        r"indices has shape \(2, 5\), expected \(b, L\) with b = 2, L = 3",
+    ),
+    "x channels first": (
+        order("softsort", x=zeros(2, 3, 5)),
+        r"x has shape \(2, 3, 5\), expected \(b, L, D\) with .*; are the last two axes of x, or of",
+    ),
+    "a state of another size, no hint": (
+        scan(initial_state=zeros(2, 8, 5)),
+        r"initial_state has shape \(2, 8, 5\), expected \(b, d, N\) .*every size at least 1$",
+    ),
     "no tokens": (
         lambda: tokendyn.softsort_matrix(zeros(2, 0)),
-        r"scores has shape \(2, 0\), expected \(b, L\) .*every size at least 1",
+        r"scores has shape \(2, 0\), expected \(b, L\), every size at least 1$",
     ),
     "negative length": (
         scan(lengths=np.array([3, -1])),

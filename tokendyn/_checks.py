@@ -6,12 +6,13 @@ They look at ``.shape`` and ``.dtype`` only, so they cost microseconds and can b
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 from tokendyn._dispatch import kind_of
-from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
+from tokendyn.errors import DataError, DTypeError, NonFiniteError, OptionError, ShapeError
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE_FLOATS = ("float32", "float64")
@@ -47,14 +48,16 @@ class Shapes:
             letters = pattern.split()
             if len(letters) != len(shape):
                 continue
+            sizes = dict(self.sizes)  # bound as a whole: a message speaks of the arrays before this one
             for letter, size in zip(letters, shape, strict=True):
-                known = int(letter) if letter.isdigit() else self.sizes.get(letter)
+                known = int(letter) if letter.isdigit() else sizes.get(letter)
                 if known is not None and known != size:
                     self._fail(name, shape, patterns)
                 if known is None:
                     if isinstance(size, int) and size < 1:
                         self._fail(name, shape, patterns)
-                    self.sizes[letter] = size
+                    sizes[letter] = size
+            self.sizes = sizes
             return
         self._fail(name, shape, patterns)
 
@@ -67,7 +70,27 @@ class Shapes:
             f"{self.operation}: {name} has shape {shape}, expected {wanted}"
             + (f" with {known}" if known else "")
             + ", every size at least 1"
+            + self._hint(name, shape, patterns)
         )
+
+    def _hint(self, name: str, shape: tuple[int, ...], patterns: Iterable[str]) -> str:
+        """What to do where tokens and channels were exchanged: in this array, or in those before it."""
+
+        def fits(shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+            return any(
+                len(letters) == len(shape)
+                and all(sizes.get(letter, size) == size for letter, size in zip(letters, shape, strict=True))
+                for letters in map(str.split, patterns)
+            )
+
+        shapes = [shape, (*shape[:-2], *shape[:-3:-1])] if len(shape) > 2 else [shape]
+        sizes = [self.sizes]
+        if {"d", "L"} <= set(self.sizes):
+            sizes.append({**self.sizes, "d": self.sizes["L"], "L": self.sizes["d"]})
+        _, *others = itertools.product(shapes, sizes)  # the first pair is the one that failed
+        if 0 not in shape and any(fits(*pair) for pair in others):
+            return f"; are the last two axes of {name}, or of the arrays before it, exchanged?"
+        return ""
 
 
 def expect_floats(operation: str, arrays: dict[str, Any], dtypes: tuple[str, ...] = FLOATS) -> str:
@@ -172,6 +195,17 @@ def expect_lengths(operation: str, lengths: Any, longest: int) -> None:
     if values is not None and values.size and (values.min() < 0 or values.max() > longest):
         worst = int(values.min()) if values.min() < 0 else int(values.max())
         raise ShapeError(f"{operation}: lengths holds {worst}, expected values from 0 to L = {longest}")
+
+
+def expect_ids(operation: str, name: str, ids: Any, rows: int) -> None:
+    """Every id names one of the ``rows`` of an embedding, where that can be seen without stalling an accelerator."""
+    values = concrete(ids, synchronize=False)
+    if values is not None and values.size and (values.min() < 0 or values.max() >= rows):
+        worst = int(values.min()) if values.min() < 0 else int(values.max())
+        raise DataError(
+            f"{operation}: {name} hold the id {worst}, expected ids from 0 to {rows - 1}; does the tokenizer belong to "
+            f"the model?"
+        )
 
 
 def expect_permutations(operation: str, name: str, indices: Any) -> None:

@@ -19,7 +19,7 @@ import tokendyn
 import tokendyn.jax as tj
 import tokendyn.torch as tt
 from tokendyn._tolerances import DEFAULT
-from tokendyn.errors import CheckpointError, OptionError, RegimeError, ShapeError
+from tokendyn.errors import CheckpointError, DataError, OptionError, RegimeError, ShapeError
 
 from .layers_reference import randomize, tokens
 
@@ -413,6 +413,9 @@ def test_constructors_follow_the_backend_chosen() -> None:
         (lambda r: tj.MambaVision(**TINY, rngs=r)(jnp.ones((1, 4, 8, 8))), ShapeError, r"\(b, 3, H, W\)"),
         (lambda r: tj.MambaLM(**{**LM, "norm": "batch"}, rngs=r), OptionError, "norm is 'batch'"),
         (lambda r: tj.MambaLM(**LM, rngs=r)(jnp.ones((1, 3))), ShapeError, "of an integer dtype"),
+        (lambda r: tj.MambaLM(**LM, rngs=r)(jnp.full((1, 3), -1)), DataError, "tokens hold the id -1, expected"),
+        (lambda r: tj.MambaLM(**LM, rngs=r)(jnp.ones((1, 3), int), jnp.full((1, 3), 99)), DataError,
+         "targets hold the id 99"),
     ],
 )  # fmt: skip
 def test_wrong_use_is_told(make: Callable[[nnx.Rngs], Any], error: type[Exception], words: str) -> None:

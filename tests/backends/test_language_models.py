@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tokendyn.torch as tt
-from tokendyn.errors import CheckpointError, OptionError, ShapeError
+from tokendyn.errors import CheckpointError, DataError, OptionError, ShapeError
 from tokendyn.torch.models import H3LM, MambaLM, MambaLMConfig, TransformerLM, mamba_lm_130m
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "d_model": 16, "n_layer": 3}
@@ -432,6 +432,12 @@ def test_autocast_is_close_to_single(name: str, residual_in_fp32: bool) -> None:
         (lambda: MambaLM(**SIZES, dropout=1.0), OptionError, "dropout is 1.0"),
         (lambda: MambaLM(**SIZES)(torch.ones(2, 3)), ShapeError, "expected ids"),
         (lambda: MambaLM(**SIZES)(ids(2, 3), ids(2, 4)), ShapeError, r"targets have shape \(2, 4\)"),
+        (
+            lambda: MambaLM(**SIZES)(ids(2, 3) + 61),
+            DataError,
+            "tokens hold the id .*, expected ids from 0 to 60; does the",
+        ),
+        (lambda: MambaLM(**SIZES).generate(-1 - ids(1, 2), 1), DataError, "expected ids from 0 to 60"),
         (lambda: TransformerLM(**SIZES, n_head=3), OptionError, "d_model is 16 and n_head 3"),
         (lambda: H3LM(**SIZES, d_state=5), OptionError, "d_state is 5, expected an even number"),
         (lambda: MambaLM(**SIZES).generate(ids(1, 2), 0), OptionError, "max_new_tokens is 0"),

@@ -182,6 +182,10 @@ class MambaLM(nnx.Module):
         Returns:
             (b, L, rows) logits; or (b, L) float32 of ``-ln p(targets)`` in nats, for which the logits are made again in
             the reverse pass instead of kept.
+
+        Raises:
+            ShapeError: tokens of another shape or dtype.
+            DataError: on a CPU and outside jit, an id that the embedding does not have.
         """
         self._expect_ids(tokens)
         x = self._embed(tokens)
@@ -190,6 +194,7 @@ class MambaLM(nnx.Module):
         x = self.head_dropout(self._normed(x))
         if targets is None:
             return self._head(x)
+        check.expect_ids("MambaLM", "targets", targets, len(self.backbone.embedding.weight[...]))
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def losses(x: jax.Array) -> jax.Array:
@@ -270,6 +275,7 @@ class MambaLM(nnx.Module):
         return layers if len(layers) == self.n_layer else layers * self.n_layer
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
+        check.expect_ids("MambaLM", "tokens", tokens, len(self.backbone.embedding.weight[...]))
         x = self.backbone.embedding(tokens)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if self.residual_in_fp32 else x
 
