@@ -52,6 +52,7 @@ addEventListener("load", () => setTimeout(() => {
     heights: drawn.map((svg) => Math.round(svg.getBoundingClientRect().height)),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     main: document.querySelector("main").getBoundingClientRect().width, chosen: document.getElementById("pick").value,
+    limits: document.querySelectorAll("#detail tbody tr").length,
     scheme: getComputedStyle(document.body).backgroundColor,
   };
   const out = document.createElement("script"); out.type = "application/json"; out.id = "found";
@@ -94,10 +95,11 @@ def _open(page: str, folder: Path, width: int, *flags: str) -> dict[str, Any]:
 
 def _expect_whole(found: dict[str, Any]) -> None:
     assert found["problems"] == []
-    assert found["plots"] >= 14
+    assert found["plots"] >= 16
     assert min(found["shapes"]) >= 2
     assert min(found["heights"]) >= 200
     assert found["overflow"] <= 0
+    assert found["limits"] >= 2  # ±x₁ at least
     assert found["told"]
     assert found["zooms"]
     assert found["resets"]

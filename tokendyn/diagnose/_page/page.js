@@ -67,7 +67,7 @@
 
     bounds() {
       const o = this.options;
-      if (o.cells) return [0, o.cells.length * o.size, 0, o.cells.length * o.size];
+      if (o.cells) { const end = o.cells.length * o.size + 0.5; return [0.5, end, 0.5, end]; } // token k fills k ± ½
       let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
       for (const s of o.series) s.x.forEach((x, i) => {
         for (const y of [s.y[i], s.base ? s.base[i] : s.y[i]]) {
@@ -132,11 +132,11 @@
       cells.forEach((row, i) => row.forEach((v, j) => {
         if (j > i) return;
         const share = v <= 0 ? 0 : Math.max(0, Math.min(1, Math.log(v / low) / Math.log(top / low || 2)));
-        node("rect", { x: this.px(j * size), y: this.py(i * size), width: wide + 0.4, height: high + 0.4, fill: colour("accent"), "fill-opacity": (0.03 + 0.97 * share ** 1.4).toFixed(3) }, g);
+        node("rect", { x: this.px(j * size + 0.5), y: this.py(i * size + 0.5), width: wide + 0.4, height: high + 0.4, fill: colour("accent"), "fill-opacity": (0.03 + 0.97 * share ** 1.4).toFixed(3) }, g);
       }));
       this.cell = (x, y) => {
         const [x0, x1, y0, y1] = this.view, f = this.frame;
-        const j = Math.floor((x0 + (x - f.left) / f.w * (x1 - x0)) / size), i = Math.floor((y0 + (y - f.top) / f.h * (y1 - y0)) / size);
+        const j = Math.floor((x0 + (x - f.left) / f.w * (x1 - x0) - 0.5) / size), i = Math.floor((y0 + (y - f.top) / f.h * (y1 - y0) - 0.5) / size);
         return cells[i] && j >= 0 && j <= i ? { i, j, v: cells[i][j] } : null;
       };
     }

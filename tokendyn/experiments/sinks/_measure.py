@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from tokendyn.diagnose import Capture
 from tokendyn.diagnose._adapters import find_sites
 from tokendyn.diagnose._capture import watching
 from tokendyn.diagnose._measure._attention import aggregate, channels_within, rows_to_one, sinks
+from tokendyn.experiments.sinks._interventions import intervene
 
 #: What might explain a sink on the first token: name -> what it is.
 EXPLANATIONS = {
@@ -36,20 +37,32 @@ class Row:
     contribution: float
     even: float
     values: dict[str, float]
+    interventions: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def measure_sequences(model: nn.Module, sequences: list[Tensor], rolled: bool = False) -> list[Row]:
-    """A row a scan and sequence. ``rolled``: the control that a sequence begins elsewhere, at its middle."""
+def measure_sequences(
+    model: nn.Module, sequences: list[Tensor], rolled: bool = False, *, first_depth: int = 0, intervened: int = 0
+) -> list[Row]:
+    """A row a scan and sequence.
+
+    Args:
+        model: with selective layers.
+        sequences: ids (1, L) each.
+        rolled: the control that a sequence begins elsewhere, at its middle.
+        first_depth: number of the first scan, so that rows of several models can stand together.
+        intervened: on how many of the sequences the interventions are made.
+    """
     rows: list[Row] = []
     for place, ids in enumerate(sequences):
         if rolled:
             ids = ids.roll(ids.shape[1] // 2, 1)
-        depth = 0
+        depth = first_depth
 
         def receive(capture: Capture, place: int = place) -> None:
             nonlocal depth
-            rows.append(_row(capture, depth, place))
+            row = _row(capture, depth, place)
+            rows.append(replace(row, interventions=intervene(capture)) if place < intervened else row)
             depth += 1
 
         with watching(model, find_sites(model), receive):
@@ -89,6 +102,7 @@ def explain(rows: list[Row], quantity: str = "sink", draws: int = 1000) -> dict[
 
     Ranks are taken inside a layer over the sequences, so that differences between layers explain nothing by themselves;
     ``interval`` is of a bootstrap over sequences, ``p`` of permutations of sequences inside layers (two-sided).
+    ``p_holm`` is p corrected (Holm) for the number of explanations tried.
     ``between_layers`` is the correlation of the layers' means, the number that a study without controls would report.
     """
     layers = sorted({row.depth for row in rows})
@@ -109,6 +123,10 @@ def explain(rows: list[Row], quantity: str = "sink", draws: int = 1000) -> dict[
             "p": float((1 + np.sum(np.abs(permuted) >= abs(observed))) / (1 + draws)),
             "between_layers": _correlation(*means) if len(layers) > 2 else None,
         }
+    worst = 0.0
+    for place, name in enumerate(sorted(found, key=lambda name: found[name]["p"])):
+        worst = max(worst, min(1.0, (len(found) - place) * found[name]["p"]))
+        found[name]["p_holm"] = worst
     return found
 
 
