@@ -172,8 +172,7 @@ def test_spectrum_is_within_its_budget_and_crosses_regime_with_scale() -> None:
     tokens = config.train.steps * config.train.batch_size * config.data.sequence_length  # type: ignore[operator]
     assert 20e6 <= tokens <= 30e6
     assert (len(config.arms), len(config.seeds)) == (7, 3)
-    assert config.run.max_minutes is not None
-    assert config.run.max_minutes < 9
+    assert config.run.max_minutes is None  # only a user knows how long a machine is to be had
     for _, order in ORDERS:
         assert set(order) <= set(config.arms)
     scales = {}
