@@ -41,7 +41,7 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
     found = []
     for i in range(count):
         label = list(TOPICS)[i % 2]
-        words = draw.choice(TOPICS[label].split() + ["and", "the", "of", "a"], int(draw.integers(2, 12)))
+        words = draw.choice([*TOPICS[label].split(), "and", "the", "of", "a"], int(draw.integers(2, 12)))
         found.append({"text": " ".join(words), "label": label, "id": i})
     return found
 

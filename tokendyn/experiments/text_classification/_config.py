@@ -109,14 +109,14 @@ def preset(function: Callable[[], TextConfig]) -> Callable[[], TextConfig]:
 def demo() -> TextConfig:
     """4,000 news of AG's corpus, four kinds: five orders, minutes on two cores."""
     return TextConfig(
-        data=DataConfig(vocabulary=4_000, max_length=48),
-        model=ModelConfig(d_model=32, n_layer=2, d_state=8),
+        data=DataConfig(vocabulary=4_000, max_length=48, word_dropout=0.5),
+        model=ModelConfig(d_model=64, n_layer=1, d_state=8, dropout=0.3, head_dropout=0.5),
         train=TrainConfig(
-            epochs=8,
+            epochs=6,
             batch_size=32,
-            learning_rate=4e-3,
-            weight_decay=0.1,
-            log_every=47,
+            learning_rate=2e-3,
+            weight_decay=1.0,
+            log_every=31,
             evaluate_every=93,
             checkpoint_every=186,
         ),
