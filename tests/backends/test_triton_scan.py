@@ -184,7 +184,7 @@ def test_second_derivative_is_an_error():
     given = tensors(arguments("twice", 1, 1, 2, 1), torch.float32, False)
     y = _scan_triton.run(**given)
     (du,) = torch.autograd.grad(y.sum(), given["u"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"selective_scan_backward.* no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"selective_scan_triton_backward.* no autograd formula"):
         torch.autograd.grad(du.sum(), given["delta"])
 
 
@@ -193,7 +193,7 @@ def test_operator_is_registered_rightly():
     B, C = given["B"].unsqueeze(1), given["C"].unsqueeze(1)
     args = (given["u"], given["delta"], given["A"], B, C, given["D"], None, None, None, None, None, True, True, True)
     torch.library.opcheck(
-        torch.ops.tokendyn.selective_scan.default, args, test_utils=("test_schema", "test_faketensor")
+        torch.ops.tokendyn.selective_scan_triton.default, args, test_utils=("test_schema", "test_faketensor")
     )
 
 

@@ -22,6 +22,7 @@ from tokendyn.errors import EngineError, OptionError
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_NVRTC = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,28 @@ def _triton_declines(call: Call) -> str | None:
     return None
 
 
+def _cuda_scan_declines(call: StepCall) -> str | None:
+    if call.device != "cuda":
+        return f"the arrays are on {call.device}, it needs an NVIDIA GPU"
+    if call.state > 32:
+        return f"the state has N = {call.state} entries, it takes at most 32"
+    if call.dtype == torch.float64:
+        return "it computes in float32, the arrays are float64"
+    if not _HAS_NVRTC:
+        return "the package 'cuda-bindings', which PyTorch's CUDA builds bring, is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    if call.transformed:
+        return "its operator has no rule for torch.func transforms"
+    return None
+
+
+def _cuda_scan(*args: Any, **options: Any) -> Any:
+    from tokendyn.backends.torch.ops import _scan_cuda
+
+    return _scan_cuda.run(*args, **options)
+
+
 def _triton_scan_declines(call: StepCall) -> str | None:
     if call.state > 256:
         return f"the state has N = {call.state} entries, it takes at most 256"
@@ -176,6 +199,7 @@ def _takes_all(call: Call) -> None:
 
 ENGINES: dict[str, tuple[Engine, ...]] = {
     "selective_scan": (
+        Engine("cuda", _cuda_scan_declines, _cuda_scan),
         Engine("triton", _triton_scan_declines, _triton_scan),
         Engine("mamba_ssm", _mamba_ssm.declines, _mamba_ssm.run),
         Engine("chunked", _scan_chunked.declines, _scan_chunked.run),

@@ -1,0 +1,121 @@
+// Runs a CUDA kernel on the CPU, block after block, every thread of a block a fibre: enough of CUDA's language for our
+// kernels, so that their logic can be tested where there is no GPU. Included before the kernels' source.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define EMULATED
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+
+using std::min;
+
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static float2 make_float2(float x, float y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+static struct { unsigned x; } threadIdx, blockIdx;
+float4 memory[1 << 13];
+
+namespace fibres {
+constexpr int count = 128, stack_bytes = 1 << 17;
+static ucontext_t scheduler, contexts[count];
+static std::vector<char> stacks(static_cast<size_t>(count) * stack_bytes);
+static bool done[count];
+
+static void wait_turn() {
+    unsigned self = threadIdx.x;
+    swapcontext(&contexts[self], &scheduler);
+}
+
+struct Barrier {
+    int arrived = 0;
+    unsigned generation = 0;
+    void wait(int expected) {
+        unsigned mine = generation;
+        if (++arrived == expected) arrived = 0, generation++;
+        while (generation == mine) wait_turn();
+    }
+};
+static Barrier block, warps[count / 32];
+static float exchanged[6][count];
+
+template <typename F>
+void run_block(F kernel) {
+    static F* running;
+    running = &kernel;
+    for (int i = 0; i < count; i++) {
+        done[i] = false;
+        getcontext(&contexts[i]);
+        contexts[i].uc_stack.ss_sp = stacks.data() + static_cast<size_t>(i) * stack_bytes;
+        contexts[i].uc_stack.ss_size = stack_bytes;
+        contexts[i].uc_link = &scheduler;
+        makecontext(&contexts[i], (void (*)()) + [] { (*running)(); done[threadIdx.x] = true; }, 0);
+    }
+    for (bool any = true; any;) {
+        any = false;
+        for (int i = 0; i < count; i++)
+            if (!done[i]) any = true, threadIdx.x = i, swapcontext(&scheduler, &contexts[i]);
+    }
+}
+}  // namespace fibres
+
+static void __syncthreads() { fibres::block.wait(fibres::count); }
+static void __threadfence() {}
+static void wait_warp() { fibres::warps[threadIdx.x / 32].wait(32); }
+static float __shfl_xor_sync(unsigned, float value, int mask) {
+    fibres::exchanged[0][threadIdx.x] = value;
+    wait_warp();
+    float other = fibres::exchanged[0][threadIdx.x ^ mask];
+    wait_warp();
+    return other;
+}
+static unsigned atomicAdd(unsigned* p, unsigned value) {
+    unsigned before = *p;
+    *p += value;
+    return before;
+}
+static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+static unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
+static float __fdividef(float a, float b) { return a / b; }
+static float ex2(float x) { return exp2f(x); }
+static unsigned read_flag(const unsigned* p) { return *p; }
+static void write_flag(unsigned* p, unsigned value) { *p = value; }
+
+#if ELEMENT == 2
+static float narrowed_bits_to_float(unsigned bits) { unsigned short b = bits; _Float16 x; memcpy(&x, &b, 2); return x; }
+static unsigned narrow(float value) { _Float16 x = value; unsigned short b; memcpy(&b, &x, 2); return b; }
+#else
+static float narrowed_bits_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
+static unsigned narrow(float x) {
+    unsigned bits = __float_as_uint(x);
+    if (x != x) return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#endif
+
+// mma.m16n8k8 on TF32, whose operands lose their last 13 bits.
+static void add_over_channels(float (&d)[4], float dB0, float dC0, float dB1, float dC1, float first, float second) {
+    unsigned self = threadIdx.x, warp = self / 32 * 32, lane = self % 32;
+    float given[6] = {dB0, dC0, dB1, dC1, first, second};
+    for (int i = 0; i < 6; i++) fibres::exchanged[i][self] = __uint_as_float(__float_as_uint(given[i]) & 0xffffe000u);
+    wait_warp();
+    for (int which = 0; which < 2; which++)  // rows lane / 4 and 8 + lane / 4
+        for (int column = 0; column < 2; column++)
+            for (int k = 0; k < 8; k++)
+                d[2 * which + column] += fibres::exchanged[which + k / 4 * 2][warp + lane / 4 * 4 + k % 4] *
+                                         fibres::exchanged[4 + k / 4][warp + (lane % 4 * 2 + column) * 4 + k % 4];
+    wait_warp();
+}

@@ -1,0 +1,43 @@
+"""Builds the kernels of the cuda engine for the CPU and runs them there: see ``cuda_emulator.hpp``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokendyn.backends.torch.ops import _scan_cuda
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NAMES = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients")
+_FOLDER = tempfile.TemporaryDirectory(prefix="tokendyn-emulator-")
+
+
+@functools.cache
+def _library(source: str, variant: tuple[str, ...]) -> ctypes.CDLL:
+    assert COMPILER is not None
+    folder = Path(_FOLDER.name)
+    name = hashlib.sha256("".join((source, *variant)).encode()).hexdigest()[:16]
+    text = "".join(
+        f'extern "C" void run_{kernel}(const Args* args, int blocks) {{\n'
+        f"    for (int i = 0; i < blocks; i++) blockIdx.x = i, fibres::run_block([&] {{ {kernel}(*args); }});\n}}\n"
+        for kernel in NAMES
+    )
+    code, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    code.write_text(f'#include "{Path(__file__).with_suffix(".hpp")}"\n{source}\n{text}')
+    command = [COMPILER, "-O1", "-std=c++17", "-fPIC", "-shared", "-w", *variant, str(code), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def launch(name: str, variant: tuple[str, ...], shared: int, blocks: int, arguments: Sequence[int], device) -> None:
+    """In the place of the engine's own ``launch``."""
+    assert shared <= 16 << 13
+    getattr(_library(_scan_cuda.source(), variant), f"run_{name}")(
+        (ctypes.c_int64 * len(arguments))(*arguments), blocks
+    )
