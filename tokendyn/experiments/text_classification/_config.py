@@ -131,7 +131,7 @@ def _on_gpu(data: DataConfig, train: TrainConfig) -> TextConfig:
         model=ModelConfig(d_model=128, n_layer=4, d_state=16),
         train=train,
         compute=ComputeConfig(threads=1, precision="bfloat16", deterministic=False),
-        run=RunConfig(jobs=5, max_minutes=8.5),
+        run=RunConfig(jobs=5),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokendyn.experiments._files import write_bytes, write_json
 from tokendyn.experiments._order_report import conclusions, format_table, summarise_arms
-from tokendyn.experiments._run_folder import RunRecord
+from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
 from tokendyn.experiments.text_classification._config import TextConfig
 from tokendyn.experiments.text_classification._reference import reference
 from tokendyn.experiments.text_classification._task import block_of
@@ -26,7 +26,7 @@ def write_report(folder: Path, preset: str, config: TextConfig, texts: Texts, ru
         "experiment": "text_classification",
         "preset": preset,
         "data": texts.fingerprint,
-        "seeds": list(config.seeds),
+        **seeds_of(runs, config.seeds),
         "arms": summarise_arms(config.orders(), runs),
         "reference": reference(texts),
     }
@@ -52,9 +52,9 @@ def _page(result: dict[str, Any], table: str, sentences: Sequence[str], figures:
     paragraphs = [
         f"# Does order help to classify? {data['train']:,} training texts, {len(data['classes'])} classes",
         f"{data['test']:,} test texts, evaluated at steps that were fixed beforehand; {seeds} "
-        f"seed{'s' if seeds > 1 else ''}, each with the same data order and initial weights in all arms. Differences "
-        f"are taken seed by seed; the interval is the 95 % one of their mean (Student's t). Each misses the truth with "
-        f"a chance of 5 %; there are {len(result['arms']) - 1} here.",
+        f"seed{'s' if seeds > 1 else ''}{of_planned(result)}, each with the same data order and initial weights in all "
+        f"arms. Differences are taken seed by seed; the interval is the 95 % one of their mean (Student's t). Each "
+        f"misses the truth with a chance of 5 %; there are {len(result['arms']) - 1} here.",
         "\n".join(f"- {sentence}" for sentence in sentences),
         f"```text\n{table}\n```",
         *(f"![{figure.stem}]({figure.relative_to(folder)})" for figure in figures if figure.suffix == ".png"),

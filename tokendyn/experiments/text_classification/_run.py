@@ -6,7 +6,7 @@ import dataclasses
 
 from tokendyn.errors import OptionError
 from tokendyn.experiments._loggers import expect_installed
-from tokendyn.experiments._run_folder import open_folder
+from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import resolve_device
 from tokendyn.experiments.text_classification._config import TextConfig
@@ -51,8 +51,13 @@ def run_text_classification(preset: str, config: TextConfig, command: list[str])
     study = Study(
         folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
     )
-    runs = study.run(options.jobs, options.max_minutes)
+
+    def report(runs: list[RunRecord]) -> None:
+        write_report(folder, preset, config, texts, runs)
+
+    with study.reporting(report):
+        runs = study.run(options.jobs, options.max_minutes)
     if runs is None:
         print("other processes still train some of these runs; give the same command again for the report")
         return
-    write_report(folder, preset, config, texts, runs)
+    report(runs)

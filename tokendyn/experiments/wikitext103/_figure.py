@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tokendyn.experiments._drawing import COLOURS, STYLE, draw_band, save_figure
 from tokendyn.experiments._run_folder import RunRecord
+from tokendyn.experiments._text._sources import LETTERS, RANDOM
 from tokendyn.experiments.wikitext103._config import LanguageConfig
 
 Line = dict[str, Any]
@@ -25,11 +27,13 @@ def draw_figure(folder: Path, config: LanguageConfig, runs: Sequence[RunRecord])
 
     Held-out loss over training; for Mamba the mean over layers of the largest and of the median magnitude among the
     eigenvalues of M that are not 0 by rank, and the part of positive x_lᵀ M x_j; by depth, after training, the
-    magnitudes and the token norms, these beside the prediction of the token dynamics.
+    magnitudes and the token norms, these beside the prediction of the token dynamics. Without measures of the blocks
+    the loss alone; a grey line is the entropy of random letters.
     """
+    measured = any("blocks" in line for run in runs for line in run.metrics)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 6), layout="constrained")
-        panels: list[Axes] = list(figure.subplots(2, 3).flat)
+        figure = Figure(figsize=(11, 6) if measured else (6.5, 4.5), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(2, 3).flat) if measured else [figure.subplots()]
         for arm, colour in zip(config.arms, itertools.cycle(COLOURS), strict=False):
             of_arm = [run for run in runs if run.arm == arm]
             lines = [[line for line in run.metrics if line["split"] == "held_out"] for run in of_arm]
@@ -49,6 +53,10 @@ def draw_figure(folder: Path, config: LanguageConfig, runs: Sequence[RunRecord])
             for panel, measure in ((panels[3], _largest), (panels[4], _pairs)):
                 by_layer = [[measure(layer) for layer in blocks["layers"].values()] for blocks in last]
                 draw_band(panel, depth[:-1], by_layer, colour, "-", arm)
+        if config.data.text == RANDOM:
+            entropy = math.log(len(LETTERS))
+            panels[0].axhline(entropy, color="#888888", linestyle="--", linewidth=1)
+            panels[0].annotate("entropy", (1, entropy), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         _label(panels, len({run.seed for run in runs}))
         return save_figure(figure, folder, "study")
 
@@ -62,7 +70,7 @@ def _label(panels: Sequence[Axes], seeds: int) -> None:
         "Part of x_lᵀ M x_j > 0 by layer\nafter training",
         "log2 of the token norm after each block\nmeasured —, by the token dynamics ···",
     )
-    for place, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+    for place, (panel, title) in enumerate(zip(panels, titles, strict=False)):
         panel.set_title(title)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("step" if place < 3 else "block" if place == 5 else "layer")
