@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -62,9 +62,23 @@ def test_numbers_are_those_of_the_scan() -> None:
     with capture(model) as scans:
         model(ids)
     found, scan = monitor.records[0]["layers"]["layers.0.mixer"], scans[0]
-    assert found["delta_max"] == pytest.approx(float(scan.delta[0].max()))
-    assert found["delta_mean"] == pytest.approx(float(scan.delta[0].mean()))
-    assert found["output_max"] == pytest.approx(float(scan.y[0].abs().max()))
+    assert found["delta_max"] == pytest.approx(float(scan.delta.max()))
+    assert found["delta_mean"] == pytest.approx(float(scan.delta.mean()))
+    assert found["output_max"] == pytest.approx(float(scan.y.abs().max()))
+    assert found["limit"] == torch.finfo(torch.float32).max
+    product = (scan.C[0] * scan.B[0]).sum(0)[:64]
+    assert found["self_product_positive"] == pytest.approx(float((product > 0).float().mean()))
+    channels = list(range(0, 32, 2))
+    P = torch.stack([scan.attention(c)[:64, :64] for c in channels])
+    x = scan.u[0, channels, :64].double()
+    moved = x * torch.einsum("clj,cj->cl", P, x)
+    assert found["growing"] == pytest.approx(float(moved.clamp_min(0).sum() / moved.abs().sum()), abs=1e-5)
+    assert found["rate"] == pytest.approx(float((moved.sum(0) / x.square().sum(0)).mean()), rel=1e-4)
+    alpha = P.abs().mean(0) / P.abs().mean(0).sum(-1, keepdim=True)
+    assert found["first_token_sink"] == pytest.approx(float(alpha[1:, 0].mean()), rel=1e-4)
+    entropy = [-(row[: l + 1] * row[: l + 1].log()).sum() / np.log(l + 1) for l, row in enumerate(alpha) if l]
+    assert found["entropy"] == pytest.approx(float(torch.stack(entropy).mean()), rel=1e-4)
+    assert scan.tokens_out is not None
     unit = torch.nn.functional.normalize(scan.tokens_out[0], dim=-1)
     cosine = (unit @ unit.mT).fill_diagonal_(0).sum() / (len(unit) * (len(unit) - 1))
     assert found["cosine"] == pytest.approx(float(cosine), abs=1e-5)
@@ -135,8 +149,18 @@ def test_options() -> None:
         Monitor(small(77)[0], budget=0.0)
 
 
-def test_lightnings_hooks() -> None:
-    """By name: Lightning itself is not installed here."""
+def test_one_token_leaves_nothing_to_compare() -> None:
+    model, ids = small(79, layers=1)
+    monitor = Monitor(model, budget=1.0)
+    with monitor.step(0):
+        model(ids[:1, :1])
+    found = monitor.records[0]["layers"]["layers.0.mixer"]
+    assert found["first_token_sink"] is found["entropy"] is found["cosine"] is None
+    assert found["rate"] is not None
+    json.dumps(monitor.records, allow_nan=False)
+
+
+def test_lightnings_hooks_by_their_names() -> None:
     model, ids = small(78)
     records: list[Any] = []
     adapter = LightningMonitor(log=records.append, budget=1.0)
@@ -149,19 +173,87 @@ def test_lightnings_hooks() -> None:
     assert [record["step"] for record in records] == [0, 1]
 
 
-def test_hugging_faces_callback() -> None:
-    transformers = pytest.importorskip("transformers")
-    model, ids = hugging_face("mamba", 8)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_in_lightnings_trainer(tmp_path: Path) -> None:
+    """The real Trainer, with and without: the same losses, a record a step, hooks gone."""
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, _ = small(78, layers=2)
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, _index: int) -> Any:
+            logits = self.model(batch)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train(callbacks: list[Any]) -> Any:
+        data = torch.randint(VOCABULARY, (4, 2, 30), generator=torch.Generator().manual_seed(1))
+        trainer = lightning.Trainer(
+            max_steps=4,
+            accelerator="cpu",
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        module = Module()
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+        return module
+
     records: list[Any] = []
-    adapter = HuggingFaceMonitor(log=records.append, budget=1.0)
-    assert isinstance(adapter, transformers.TrainerCallback)
-    handler = SimpleNamespace(global_step=0)
-    adapter.on_train_begin(None, handler, None, model=model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MonitorWarning)
-        for step in range(2):
-            handler.global_step = step
-            adapter.on_step_begin(None, handler, None)
-            model(ids)
-            adapter.on_step_end(None, handler, None)
-    assert [record["step"] for record in records] == [0, 1]
+    monitor = LightningMonitor(log=records.append, budget=1.0)
+    assert isinstance(monitor, lightning.Callback)
+    watched, plain = train([monitor]), train([])
+    assert watched.losses == plain.losses
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert set(records[0]["layers"]) == {"model.layers.0.mixer", "model.layers.1.mixer"}
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in watched.model.modules())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_in_hugging_faces_trainer(tmp_path: Path) -> None:
+    """The real Trainer, accumulating gradients over two batches, with and without: the same losses and weights."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def train(callbacks: list[Any]) -> Any:
+        model, _ = hugging_face("mamba", 8)
+        data = torch.randint(VOCABULARY, (12, 24), generator=torch.Generator().manual_seed(2))
+        trainer = transformers.Trainer(
+            model=model.float(),
+            args=transformers.TrainingArguments(
+                output_dir=str(tmp_path / "run"),
+                max_steps=3,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                seed=5,
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in data],
+            callbacks=callbacks,
+        )
+        loss = trainer.train().training_loss
+        return loss, trainer.model
+
+    records: list[Any] = []
+    loss, watched = train([HuggingFaceMonitor(log=records.append, budget=1.0)])
+    again, plain = train([])
+    assert loss == again
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
+    assert [record["step"] for record in records] == [0, 1, 2]
+    mixers = [name for name, module in watched.named_modules() if hasattr(module, "A_log")]
+    assert list(records[0]["layers"]) == mixers
+    assert all(not module._forward_hooks for module in watched.modules() if hasattr(module, "A_log"))

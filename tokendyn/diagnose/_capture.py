@@ -138,7 +138,7 @@ class Site:
     block: nn.Module | None = None
     in_stream: bool = True  # False if the layer stands alone, with no residual stream to measure
     pending: list[Capture] = field(default_factory=list)
-    seconds: float = 0.0  # taken by making captures
+    seconds: float = 0.0  # taken by hooks, without what is done with the captures
 
 
 @contextlib.contextmanager
@@ -170,12 +170,16 @@ def _watch(site: Site, receive: Callable[[Capture], Any]) -> Callable[[], None]:
         site.seconds += time.perf_counter() - begun
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun = time.perf_counter()
         site.pending.clear()
         entering[:] = [_stream((*args, *kwargs.values()))]
+        site.seconds += time.perf_counter() - begun
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        begun = time.perf_counter()
         leaving = _stream(output if isinstance(output, tuple) else (output,))
         before = entering[0] if entering else None
+        site.seconds += time.perf_counter() - begun
         measuring = _measuring.set(True)
         try:
             for capture in site.pending:

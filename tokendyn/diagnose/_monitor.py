@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendyn.diagnose._adapters import find_sites
 from tokendyn.diagnose._capture import Capture, watching
+from tokendyn.diagnose._measure._quick import NAMES, measure_quickly
 from tokendyn.diagnose._words import printable
 from tokendyn.errors import OptionError
 
-#: Tokens and channels looked at in a step.
-_TOKENS, _CHANNELS = 64, 64
+#: What may overflow.
+_RISING = ("delta_max", "output_max")
 #: Steps over which a trend is read.
 _HISTORY = 8
 
@@ -29,7 +29,7 @@ class MonitorWarning(UserWarning):
 
 
 class Monitor:
-    """Logs regimes, step sizes, token similarity and the room left before overflow during training.
+    """Logs growth, step sizes, attention, token similarity and the room left before overflow during training.
 
     ::
 
@@ -39,12 +39,19 @@ class Monitor:
                 loss = train_step(batch)
 
     It watches one step, measures how long that took, and waits until its share of the whole time is under ``budget``
-    again. Outputs, gradients and random numbers are what they would be without it.
+    again: if watching makes a step 5 % longer, the default of 1 % lets it watch one step in five. The first watched
+    step is an advance, paid off before the next. Outputs, gradients and random numbers are what they would be without
+    it. On a GPU the numbers of all layers are fetched together at the step's end, and waiting for it counts.
+
+    Every record is ``{"step": ..., "layers": {name: {...}}}``, of each layer: the mean and the greatest Δ, the greatest
+    output, the share of tokens with x_lᵀ M x_l > 0, the share of the movement that grows tokens and its mean rate, the
+    attention on the first token and its entropy (of the first 64 tokens, in 16 channels), the mean cosine of two tokens
+    after the block, and ``limit``, where the dtype overflows. What cannot be had is None.
 
     Args:
         model: as of :func:`tokendyn.diagnose`.
         log: a path for JSON lines, or a function of one dictionary a watched step.
-        budget: share of the time of training, 0.01 by default.
+        budget: share of the time of training, 0.01 by default; 1 is no limit.
         every: watch no more often than every so many steps.
         warn: called with a sentence when a quantity will overflow or tokens collapse; by default a
             :class:`MonitorWarning`.
@@ -93,10 +100,11 @@ class Monitor:
         if self._begun is None:
             self._begun = now
         self.total = now - self._begun
-        self._found: dict[str, dict[str, float]] = {}
+        self._found: dict[str, tuple[Tensor, float]] = {}
         self._opened = None
         # As if this step cost what the last one did, so that the budget is not overdrawn.
-        affordable = not self.records or self.spent + self._cost < self.budget * self.total
+        within = self.budget >= 1 or self.spent + self._cost < self.budget * self.total
+        affordable = not self.records or within
         if self._number - self._last >= self.every and affordable:
             self._opened = watching(self.model, self.sites, self._receive)
             self._opened.__enter__()
@@ -113,11 +121,11 @@ class Monitor:
                 self.spent += site.seconds
                 site.seconds = 0.0
             if self._found:
-                record = {"step": self._number, "layers": self._found}
+                record = {"step": self._number, "layers": self._numbers()}
                 self.records.append(record)
                 self._write(record)
                 if error[0] is None:
-                    self._judge()
+                    self._judge(record["layers"])
             self.spent += time.perf_counter() - begun
             self._cost = self.spent - self._before
         if self._begun is not None:
@@ -131,19 +139,30 @@ class Monitor:
     @torch.no_grad()
     def _receive(self, capture: Capture) -> None:
         begun = time.perf_counter()
-        self._found[capture.title] = cheap(capture)
+        self._found[capture.title] = measure_quickly(capture), torch.finfo(capture.y.dtype).max
         self.spent += time.perf_counter() - begun
+
+    def _numbers(self) -> dict[str, dict[str, Any]]:
+        """What was found, fetched from the device at once."""
+        values = torch.stack([numbers for numbers, _ in self._found.values()]).tolist()
+        layers = {}
+        for (name, (_, limit)), row in zip(self._found.items(), values, strict=True):
+            found: dict[str, Any] = dict(zip(NAMES, row, strict=True))
+            kept = {key: value for key, value in found.items() if key in _RISING or value == value}
+            layers[name] = {**dict.fromkeys(NAMES), **kept, "limit": limit}
+        self._found = {}
+        return layers
 
     def _write(self, record: dict[str, Any]) -> None:
         if callable(self._log):
             self._log(record)
         elif self._log is not None:
             with Path(self._log).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=True) + "\n")
+                file.write(json.dumps(record) + "\n")
 
-    def _judge(self) -> None:
-        for name, found in self._found.items():
-            for quantity in ("delta_max", "output_max"):
+    def _judge(self, layers: dict[str, dict[str, Any]]) -> None:
+        for name, found in layers.items():
+            for quantity in _RISING:
                 self._overflow(name, quantity, found[quantity], found["limit"])
             cosine = found.get("cosine")
             if cosine is not None and cosine > 0.98:
@@ -170,27 +189,6 @@ class Monitor:
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
             self._warn(printable(text))
-
-
-def cheap(capture: Capture) -> dict[str, float]:
-    """A few numbers of one scan, from at most 64 tokens and 64 channels of its first sequence.
-
-    ``self_product_positive``: share of tokens with x_lᵀ M x_l > 0, those that grow by themselves.
-    """
-    every = max(1, capture.u.shape[-1] // _TOKENS)
-    some = max(1, capture.u.shape[1] // _CHANNELS)
-    delta = capture.delta[0, ::some, ::every].float()
-    product = (capture.C[0, :, ::every].float() * capture.B[0, :, ::every].float()).sum(0)
-    tokens: Tensor | None = capture.tokens_out
-    cosine = None
-    if tokens is not None:
-        unit = F.normalize(tokens[0, :: max(1, tokens.shape[1] // _TOKENS)].float(), dim=-1)
-        count = len(unit)
-        cosine = (unit.sum(0).square().sum() - count) / max(1, count * (count - 1))
-    parts = [delta.mean(), delta.amax(), capture.y[0, ::some].abs().amax(), (product > 0).float().mean()]
-    numbers = torch.stack([part.float() for part in (*parts, *([] if cosine is None else [cosine]))]).tolist()
-    names = ["delta_mean", "delta_max", "output_max", "self_product_positive", "cosine"]
-    return {**dict(zip(names, numbers, strict=False)), "limit": torch.finfo(capture.y.dtype).max}
 
 
 class LightningMonitor:
