@@ -94,6 +94,12 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def linkcheck(session: nox.Session) -> None:
+    """Whether the documentation's links to other sites answer; needs a network."""
+    run(session, "-m", "sphinx", "-b", "linkcheck", "docs", "docs/_build/linkcheck", *session.posargs)
+
+
+@nox.session(default=False)
 def vision(session: nox.Session) -> None:
     """The recipe at full scale with timm and torchvision, in an environment of its own: gigabytes to install."""
     root = ROOT / ".nox" / "vision"

@@ -19,15 +19,26 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build", "_ext", "_measured", "dynamics/_measured"]
+exclude_patterns = ["_build", "_ext", "_extra", "_measured", "dynamics/_measured"]
 html_theme = "furo"
 html_title = "tokendyn"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_extra_path = ["_extra"]  # the interactive page
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Cost", "Source"]
-nitpicky = False
+nitpicky = True
+# Docstrings say what is raised and returned in words, which Sphinx takes for names; tokendyn.diagnose is a module that
+# can be called.
+nitpick_ignore_regex = [
+    ("py:(exc|class)", r"(?!tokendyn\.).*"),
+    ("py:.*", r"(torch|jax|numpy|transformers)\..*"),
+    ("py:func", r"tokendyn\.diagnose"),
+    ("py:.*", r"tokendyn\.torch\.models\..*"),  # most are on the page as tokendyn.torch.NAME
+]
 
 (Path(__file__).parent / "_build").mkdir(exist_ok=True)
 (Path(__file__).parent / "_build" / "support_matrix.md").write_text(support_matrix() + "\n", encoding="utf-8")

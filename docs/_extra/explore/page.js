@@ -10,7 +10,7 @@
     "Convergence": { space: "line", mu: -1.5, sDelta: -0.4, a: 1, bias: 0, x0: [1.8, -1.2, 0.9, -0.5], end: 4, log: true },
     "Slow divergence": { space: "line", mu: 1, sDelta: -0.8, a: 1, bias: 0, x0: [2.65, 2.9, 3.2, 3.6], end: 6, log: true },
     "Fast divergence": { space: "line", mu: 1, sDelta: 0.7, a: 1, bias: 0, x0: [0.3, -1, 1.2], end: 1, log: true },
-    "A trained step size: nothing settles": { space: "line", mu: -1.3, sDelta: 0.7, a: 0.8, bias: -4.6, x0: [1.2, -0.8, 0.3], end: 6, log: true },
+    "A trained step size: laws set in late": { space: "line", mu: -1.3, sDelta: 0.7, a: 0.8, bias: -4.6, x0: [1.2, -0.8, 0.3], end: 6, log: true },
     "Plane, negative definite": { space: "plane", M: [[-1, 0.3], [0.3, -0.7]], sDelta: [[0.4, -0.3], [0.2, 0.5]], a: 1, bias: 0, x0: [[1, 0.6], [-0.7, 1.1], [0.4, -1.2]], end: 3, log: true },
     "Plane, a positive eigenvalue, yet token 1 converges": { space: "plane", M: [[1, 0], [0, -1]], sDelta: [0, 0], a: 1, bias: 0, x0: [[0.1, 1], [1, 0.2]], end: 1, log: true },
     "Plane, positive definite": { space: "plane", M: [[1, 0.2], [0.2, 0.6]], sDelta: [[-0.9, -0.4], [-0.3, -0.8]], a: 1, bias: 0, x0: [[0.6, 0.9], [1.1, 0.4], [0.5, 0.5]], end: 3, log: true },

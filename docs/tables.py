@@ -1,0 +1,120 @@
+"""Makes the tables of the results page from the JSON files of measured runs.
+
+From the root of the repository::
+
+    python docs/tables.py                                  # writes docs/_measured/results_*.md
+    python docs/tables.py --check                          # exits with 1 if a table would change
+    python docs/tables.py --take demo_imagenet runs/FOLDER # first takes over a run's result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "_measured"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def spread(summary: dict[str, Any], digits: int, scale: float = 1.0) -> str:
+    return f"{scale * summary['mean']:.{digits}f} ± {scale * summary['deviation']:.{digits}f}"
+
+
+def interval(difference: dict[str, Any], digits: int, scale: float = 1.0) -> str:
+    low, high = (scale * end for end in difference["interval95"])
+    return f"{scale * difference['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def demo_imagenet() -> str:
+    result = json.loads((FOLDER / "demo_imagenet.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, arm in result["arms"].items():
+        orders = list(arm["orders"].values())
+        rows.append(
+            [
+                name,
+                spread(arm["held_out"]["accuracy"], 2, 100),
+                interval(arm["difference"]["accuracy"], 2, 100) if "difference" in arm else "",
+                ", ".join(f"{order['effective_tokens']['mean']:.1f}" for order in orders),
+                ", ".join(f"{order['variance_kept']['mean']:.2g}" for order in orders),
+            ]
+        )
+    header = ["arm", "accuracy, %", "difference (95 % interval)", "tokens averaged, of 64", "variance kept"]
+    return table(header, rows)
+
+
+def demo_wikitext103() -> str:
+    result = json.loads((FOLDER / "demo_wikitext103.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            name,
+            spread(arm["held_out"]["loss"], 3),
+            interval(arm["difference"]["loss"], 3) if "difference" in arm else "",
+            spread(arm["held_out"]["bits_per_byte"], 3),
+            f"{arm['parameters']:,}",
+        ]
+        for name, arm in result["arms"].items()
+    ]
+    header = ["arm", "loss, nats a byte", "difference to free (95 % interval)", "bits a byte", "parameters"]
+    return table(header, rows)
+
+
+def scan() -> str:
+    measured = json.loads((BENCHMARKS / "scan.json").read_text(encoding="utf-8"))
+    rows = []
+    for case in measured["cases"]:
+        ours, theirs = case["engines"]["triton"], case["engines"]["mamba_ssm"]
+        cells = []
+        for key in ("forward graph", "both graph"):
+            cells.append(f"{ours[key]:.3f} / {theirs[key]:.3f} ({case['ratio'][key]:.2f})")
+        rows.append([case["case"], *cells])
+    header = ["case", "forward, ms", "forward + backward, ms"]
+    versions = measured["versions"]
+    return (
+        table(header, rows)
+        + f"\nOurs / mamba-ssm's, and in brackets how many times faster ours is. {measured['machine']}, "
+        + f"torch {versions['torch']}, Triton {versions['triton']}, mamba-ssm {versions['mamba_ssm']}, CUDA graphs "
+        + "replayed, medians.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in (demo_imagenet, demo_wikitext103, scan)}
+
+
+def take(name: str, run: Path) -> None:
+    """Keep a run's result.json here, without what was measured block by block."""
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    for arm in result["arms"].values():
+        arm.pop("blocks", None)
+    (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table would change")
+    parser.add_argument("--take", nargs=2, metavar=("NAME", "RUN"), help="take over a run's result.json first")
+    options = parser.parse_args(arguments)
+    if options.take:
+        take(options.take[0], Path(options.take[1]))
+    stale = []
+    for name, make in TABLES.items():
+        path, text = FOLDER / f"results_{name}.md", make()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not options.check:
+                path.write_text(text, encoding="utf-8")
+    print(f"{'stale' if options.check else 'written'}: {', '.join(stale) or 'none'}")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
