@@ -145,6 +145,16 @@ def test_padding_behind_ordered_tokens_changes_nothing(order: Any) -> None:
     assert (gradient[valid] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("order", ["softsort", "published", SORTED])
+def test_padding_behind_an_ordered_s6(order: Any) -> None:
+    layer = lively(tt.S6(6, 3, order=order))
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    y, state = layer(x, lengths=torch.tensor([7, 4]), return_last_state=True)
+    alone, last = layer(x[1:, :4], return_last_state=True)
+    torch.testing.assert_close(y[1:, :4], alone, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state[1:], last, rtol=1e-11, atol=1e-11)
+
+
 def test_random_orders_leave_padding_behind() -> None:
     order = lively(tt.Mamba(6, 3, order="random")).order.train()
     found = order(torch.zeros(50, 9, 12), lengths=torch.full((50,), 4))

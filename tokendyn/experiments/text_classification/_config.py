@@ -125,10 +125,10 @@ def demo() -> TextConfig:
     )
 
 
-def _on_gpu(data: DataConfig, train: TrainConfig) -> TextConfig:
+def _on_gpu(max_length: int, train: TrainConfig) -> TextConfig:
     return TextConfig(
-        data=data,
-        model=ModelConfig(d_model=128, n_layer=4, d_state=16),
+        data=DataConfig(vocabulary=20_000, max_length=max_length, word_dropout=0.4),
+        model=ModelConfig(d_model=128, n_layer=2, d_state=16, dropout=0.2, head_dropout=0.5),
         train=train,
         compute=ComputeConfig(threads=1, precision="bfloat16", deterministic=False),
         run=RunConfig(jobs=5),
@@ -139,13 +139,13 @@ def _on_gpu(data: DataConfig, train: TrainConfig) -> TextConfig:
 def imdb() -> TextConfig:
     """Table 7's film reviews (--data), 25,000 for training and as many for test: for one GPU."""
     return _on_gpu(
-        DataConfig(vocabulary=20_000, max_length=512, word_dropout=0.2),
+        512,
         TrainConfig(
             epochs=8,
             batch_size=64,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup=0.1,
-            weight_decay=0.1,
+            weight_decay=0.5,
             log_every=65,
             evaluate_every=390,
             checkpoint_every=390,
@@ -157,15 +157,15 @@ def imdb() -> TextConfig:
 def ag_news() -> TextConfig:
     """Table 7's news of four kinds (--data), 7,600 for test: for one GPU."""
     return _on_gpu(
-        DataConfig(vocabulary=20_000, max_length=128, word_dropout=0.2),
+        128,
         TrainConfig(
-            steps=3_000,
+            steps=2_000,
             batch_size=128,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup=0.1,
-            weight_decay=0.1,
+            weight_decay=0.5,
             log_every=50,
-            evaluate_every=500,
+            evaluate_every=250,
             checkpoint_every=500,
         ),
     )
