@@ -48,6 +48,22 @@ def test_files_named_in_the_readme_exist() -> None:
     assert not missing
 
 
+def test_every_extra_has_its_row() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = README.partition("| extra |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines()[2:]]
+    named = [extra for row in rows for extra in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted(project["optional-dependencies"])
+    (everything,) = project["optional-dependencies"]["all"]
+    held = set(re.findall(r"[\w-]+", everything))
+    assert [extra for extra in named if extra not in held | {"all"}] == [
+        "vision",
+        "mamba-ssm",
+    ]  # as the last row has it
+
+
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = next(line for line in README.splitlines() if line.startswith("python3 -m venv") and line.endswith("nox"))
     steps = [step.removeprefix("python3 -m venv .venv").strip() for step in command.split("&&")]
