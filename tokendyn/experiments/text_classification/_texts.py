@@ -158,7 +158,7 @@ def _one_file(folder: Path, split: str, stem: str = "") -> Path:
 
 def _read_lines(file: Path) -> Labelled:
     rows = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):  # splitlines would also cut at U+2028, U+0085
         if not line.strip():
             continue
         try:
