@@ -118,7 +118,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(folder: Path, tmp_path: 
 
 def test_texts_become_ids_of_frequent_words(tmp_path: Path) -> None:
     write(
-        tmp_path / "train.jsonl", [{"text": "B b<br />a,\u2028\x85it's", "label": 1}, {"title": "A", "text": "b", "label": 10}]
+        tmp_path / "train.jsonl",
+        [{"text": "B b<br />a,\u2028\x85it's", "label": 1}, {"title": "A", "text": "b", "label": 10}],
     )
     write(tmp_path / "test.jsonl", [{"text": "b Z b", "label": 10}, {"text": "", "label": "1"}])
     texts = load_texts(DataConfig(data=str(tmp_path), vocabulary=4, max_length=4))
