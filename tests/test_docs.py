@@ -6,9 +6,12 @@ comment of the page, ``<!-- runs first ... -->``, and is run in its place.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -70,3 +73,36 @@ def test_a_wrong_page_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(AssertionError) as raised:
         test_code_runs("wrong.md")
     assert raised.traceback[-1].lineno + 1 == 8  # counted on the page
+
+
+MODULES = (
+    "tokendyn",
+    "tokendyn.torch",
+    "tokendyn.torch.models",
+    "tokendyn.jax",
+    "tokendyn.jax.models",
+    "tokendyn.diagnose",
+)
+DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: (?:[\w.]*\.)?(\w+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    found = importlib.import_module(module)
+    pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    documented = set(DIRECTIVE.findall(pages))
+    names = {name for name in found.__all__ if not isinstance(getattr(found, name), (ModuleType, str))}
+    assert names <= documented, f"not in docs/reference: {sorted(names - documented)}"
+
+
+def test_tables_of_results_are_those_of_the_measurements() -> None:
+    assert load("tables.py").main(["--check"]) == 0, "run: python docs/tables.py"
+
+
+def load(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, DOCS / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
