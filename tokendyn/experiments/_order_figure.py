@@ -53,7 +53,7 @@ def draw_curves(
         panels[1].yaxis.set_minor_locator(NullLocator())
     if measures:
         tokens = max(o["tokens"] for run in runs for line in run.metrics for o in line.get("orders", {}).values())
-        panels[2].set_title(f"Tokens averaged by a sorted place\n1: a sort, {tokens}: the mean of all")
+        panels[2].set_title(f"Tokens averaged by a sorted place\n1: a sort, {tokens:.0f}: the mean of all")
         panels[2].set_yscale("log", base=2)
         panels[2].set_ylim(0.9, tokens * 1.12)
         ticks = [2**k for k in range(int(math.log2(tokens)) + 1)]
