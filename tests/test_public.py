@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import re
+from typing import Any
 
 import pytest
 
@@ -113,6 +115,65 @@ def test_public_names_have_docstrings(module: str) -> None:
         assert inspect.getdoc(getattr(found, name)), name
 
 
+#: Functions in which nothing can go wrong that is not a mistake in their type.
+NEVER_RAISE = {"record_orders", "save_weights", "state_dict"}
+#: Of which nobody makes an instance.
+BASES = {"LanguageModel", "TokenOrdering"}
+
+
+def sections(text: str) -> set[str]:
+    return set(re.findall(r"^(\w+):$", text, re.MULTILINE))
+
+
+def unnamed(function: Any, text: str) -> list[str]:
+    """Parameters that ``text`` does not name; those with a leading underscore are taken for others' sake."""
+    names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+    return [name for name in names if name[0] != "_" and not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text)]
+
+
+def check_function(function: Any) -> None:
+    name, text = function.__name__, inspect.getdoc(function) or ""
+    signature = inspect.signature(function)
+    assert not unnamed(function, text), name
+    assert "Args" in sections(text) or not signature.parameters, name
+    if signature.return_annotation not in (None, "None"):
+        assert sections(text) & {"Returns", "Yields"} or "contextmanager" in inspect.getsource(function), name
+    assert "Raises" in sections(text) or name in NEVER_RAISE, name
+
+
+def check_class(kind: type) -> None:
+    name, text = kind.__name__, inspect.getdoc(kind) or ""
+    whole = "\n".join(inspect.getdoc(base) or "" for base in kind.__mro__ if base.__module__.startswith("tokendyn"))
+    made_by = kind.__new__ if issubclass(kind, tuple) else kind.__init__
+    assert not unnamed(made_by, whole), name
+    assert sections(whole) & {"Args", "Attributes"}, name
+    record = dataclasses.is_dataclass(kind) or issubclass(kind, tuple)
+    if not record and name not in BASES:  # a layer or a model
+        assert {"Raises", "Source"} <= sections(text), name
+        assert "Shapes" in sections(text) or name == "TokenReorder", name  # as its mixer has them
+    for attribute, value in vars(kind).items():
+        if attribute.startswith("_") and attribute != "__call__":
+            continue
+        function = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", value)
+        if not inspect.isfunction(function):
+            continue
+        told = inspect.getdoc(getattr(kind, attribute) if function is value else function) or ""
+        assert told, f"{name}.{attribute}"
+        assert not unnamed(function, told), f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_docstrings_are_whole(module: str) -> None:
+    """Sections, and every argument by its name: of functions, classes, their methods and properties."""
+    found = importlib.import_module(module)
+    for name in set(found.__all__) - {"__version__"}:
+        value = getattr(found, name)
+        if inspect.isfunction(value):
+            check_function(value)
+        elif inspect.isclass(value) and not issubclass(value, BaseException):
+            check_class(value)
+
+
 def test_every_operation_is_public_everywhere() -> None:
     assert sorted(OPERATIONS) == sorted(OPERATION_NAMES)
     for name, row in OPERATIONS.items():
@@ -140,7 +201,9 @@ def test_directory_is_the_public_list() -> None:
     assert dir(tokendyn) == sorted(tokendyn.__all__)
 
 
-@pytest.mark.parametrize("name", [*OPERATION_NAMES, "token_order"])
+@pytest.mark.parametrize(
+    "name", [*OPERATION_NAMES, "token_order", "simulate", "simulate_sphere", "classify", "classify_sphere"]
+)
 def test_docstring_says_what_a_caller_must_know(name: str) -> None:
     function = getattr(tokendyn, name)
     text = inspect.getdoc(function) or ""

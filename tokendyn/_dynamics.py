@@ -142,6 +142,9 @@ def simulate_sphere(
     Raises:
         ShapeError, DTypeError, OptionError, NonFiniteError.
 
+    Cost:
+        As :func:`simulate`.
+
     Source:
         Token Dynamics on Spheres in Mamba Models; arXiv 2609.17997, Eq. (5); arXiv 2411.04990.
     """

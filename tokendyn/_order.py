@@ -32,15 +32,32 @@ class Order:
     ascending: bool
 
     def apply(self, x: Any, *, axis: int = -2) -> Any:
-        """``x`` (three axes, tokens along ``axis``) in this order. Cost: see :func:`tokendyn.softsort`.
+        """``x`` in this order.
+
+        Args:
+            x: three axes, the first of them b.
+            axis: the axis of its tokens, 1 (-2) or 2 (-1).
+
+        Returns:
+            As ``x``.
 
         Raises:
             ShapeError: ``x`` has another number of axes or tokens.
+
+        Cost:
+            See :func:`tokendyn.softsort` and :func:`tokendyn.take_tokens`.
         """
         return self._run(x, axis, ops.softsort, ops.take_tokens)
 
     def restore(self, y: Any, *, axis: int = -2) -> Any:
         """``y`` back in the original order: the inverse permutation, or the normalised transpose of P.
+
+        Args:
+            y: three axes, the first of them b, in this order.
+            axis: the axis of its tokens, 1 (-2) or 2 (-1).
+
+        Returns:
+            As ``y``.
 
         Raises:
             ShapeError: ``y`` has another number of axes or tokens.

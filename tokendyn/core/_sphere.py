@@ -63,6 +63,7 @@ class SphereRegime:
         rates: (L,) κ_l: the slowest eigenvalue of token l's own block is -κ_l; NaN where unknown, 0 for a token that
             does not move.
         certainty: ``"theorem"``, ``"derived"`` or ``"simulated"``: of limit and signs.
+        problem: the parameters, by name.
         trajectory: the simulation that was needed, if there was one.
     """
 

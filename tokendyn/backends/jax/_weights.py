@@ -30,9 +30,13 @@ def _aliases(module: nnx.Module) -> tuple[tuple[str, str], ...]:
 
 
 def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
-    """Parameters and running statistics of an NNX module by the names that its torch twin has, as NumPy arrays.
+    """Parameters and running statistics of an NNX module by the names that its torch twin has.
 
-    bfloat16 stays bfloat16; counters become int64, as torch keeps them.
+    Args:
+        module: a layer or model of this package.
+
+    Returns:
+        NumPy arrays by name. bfloat16 stays bfloat16; counters become int64, as torch keeps them.
     """
     arrays = {_name(path): np.asarray(variable[...]) for path, variable in _variables(module)}
     arrays |= {alias: arrays[name] for alias, name in _aliases(module)}
@@ -80,12 +84,21 @@ def load_state_dict(module: nnx.Module, tensors: dict[str, Any]) -> None:
 
 
 def save_weights(module: nnx.Module, path: str | Path) -> None:
-    """Write :func:`state_dict` to a safetensors file; ``safetensors.torch.load_file`` gives the torch twin's state."""
+    """Write :func:`state_dict` to a safetensors file; ``safetensors.torch.load_file`` gives the torch twin's state.
+
+    Args:
+        module: a layer or model of this package.
+        path: of the file, which is replaced.
+    """
     save_file({name: np.asarray(array, order="C") for name, array in state_dict(module).items()}, path)
 
 
 def load_weights(module: nnx.Module, path: str | Path) -> None:
     """Set ``module`` in place to a safetensors file of :func:`save_weights` or of torch's ``state_dict``.
+
+    Args:
+        module: whose names and shapes must be those of the file.
+        path: of the file.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit the module; see :func:`load_state_dict`.

@@ -98,7 +98,7 @@ class Mamba(S6):
         self.out_proj = Linear(d_inner, d_model, bias=bias, **options)
 
     def __call__(self, hidden_states: jax.Array) -> jax.Array:  # type: ignore[override]
-        """(b, L, d_model) → (b, L, d_model)."""
+        """``hidden_states`` (b, L, d_model) → (b, L, d_model)."""
         expect_tokens("Mamba", hidden_states, self.d_model)
         x, z = jnp.split(self.in_proj(hidden_states), 2, axis=-1)
         x = self._convolve(jnp.pad(x, ((0, 0), ((self.d_conv or 1) - 1, 0), (0, 0))))
@@ -115,7 +115,8 @@ class Mamba(S6):
     def allocate_inference_cache(self, batch_size: int, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
         """Empty states for decoding: (b, d_inner, d_conv) of the convolution and (b, d_inner, N) of the scan.
 
-        In ``dtype``, by default that of the computation; the scan's state in float32 at least. They do not grow.
+        b is ``batch_size``. In ``dtype``, by default that of the computation; the scan's state in float32 at least.
+        They do not grow.
         """
         dtype = dtype or self.dtype or self.in_proj.weight.dtype
         return (
@@ -126,7 +127,11 @@ class Mamba(S6):
     def prefill(
         self, hidden_states: jax.Array, conv_state: jax.Array, ssm_state: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens (b, L, d_model) that follow those of the two states → (b, L, d_model), and the states after them."""
+        """Tokens ``hidden_states`` (b, L, d_model) that follow those of ``conv_state`` and ``ssm_state``.
+
+        Returns:
+            (b, L, d_model), and the two states after them.
+        """
         x, z, conv_state = self._advance(hidden_states, conv_state)
         y, state = self.scan(x, z, initial_state=ssm_state.astype(_exact(x)), return_last_state=True)
         return self.out_proj(y), conv_state, state.astype(ssm_state.dtype)
@@ -134,7 +139,7 @@ class Mamba(S6):
     def step(
         self, hidden_states: jax.Array, conv_state: jax.Array, ssm_state: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """One token: (b, 1, d_model) → (b, 1, d_model), and the two states after it."""
+        """One token: ``hidden_states`` (b, 1, d_model), ``conv_state`` and ``ssm_state`` → the same after it."""
         if hidden_states.shape[1] != 1:
             raise ShapeError(
                 f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected one token (b, 1, D); "

@@ -32,6 +32,7 @@ class TokenOrdering(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, *s_delta: jax.Array) -> Order | None:
+        """The order of the tokens ``x``, by ``s_delta`` where scores are made of it; see the class."""
         raise NotImplementedError
 
 

@@ -56,7 +56,7 @@ class TokenReorder(nnx.Module):
         self.order = ordering
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """(b, L, D) → (b, L, D); further arguments go to the mixer as they are.
+        """``x`` (b, L, D) → (b, L, D); ``args`` and ``kwargs`` go to the mixer as they are.
 
         Raises:
             ShapeError: x has another number of axes or channels.

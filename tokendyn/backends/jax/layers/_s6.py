@@ -181,8 +181,14 @@ class S6(nnx.Module):
         seq_idx: jax.Array | None = None,
         lengths: jax.Array | None = None,
     ) -> Any:
-        """y (b, L, d), or (y, last_state) with ``return_last_state``; the arguments are those of
-        :func:`tokendyn.selective_scan`.
+        """Scan the tokens in the layer's order.
+
+        Args:
+            x: (b, L, d) tokens, channels last.
+            initial_state, return_last_state, seq_idx, lengths: as of :func:`tokendyn.selective_scan`.
+
+        Returns:
+            y (b, L, d), or (y, last_state) with ``return_last_state``.
 
         Raises:
             ShapeError: x has another number of axes or channels.

@@ -205,16 +205,16 @@ class MambaLM(nnx.Module):
         return losses(x)
 
     def allocate_inference_cache(self, batch_size: int, dtype: Any = None) -> Cache:
-        """Empty states of all blocks for decoding ``batch_size`` sequences of any length."""
+        """Empty states of all blocks for decoding ``batch_size`` sequences of any length, in ``dtype``."""
         return tuple(block.mixer.allocate_inference_cache(batch_size, dtype) for block in self._blocks())
 
     def prefill(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits (b, rows) after the tokens (b, L) that follow those of ``cache``, and the cache after them."""
+        """Logits (b, rows) after the ``tokens`` (b, L) that follow those of ``cache``, and the cache after them."""
         self._expect_ids(tokens)
         return self._advance(tokens, cache, prompt=True)
 
     def step(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits (b, rows) after one more token (b,) of each sequence, and the cache after it."""
+        """Logits (b, rows) after one more of each sequence's ``tokens`` (b,), and the ``cache`` after it."""
         return self._advance(tokens[:, None], cache, prompt=False)
 
     def generate(
@@ -320,5 +320,11 @@ def mamba_lm_130m(**options: Any) -> MambaLM:
 
     Args:
         options: arguments of :class:`MambaLM`, ``rngs`` among them.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaLM`.
     """
     return MambaLM(**{"vocab_size": 50280, "d_model": 768, "n_layer": 24, **options})

@@ -31,7 +31,9 @@ class MambaVision(nnx.Module):
     :class:`tokendyn.torch.MambaVision`. The defaults are MambaVision-T.
 
     Args:
-        dims, in_dim, depths, num_heads, ..., order_blocks, parity: see :class:`tokendyn.torch.MambaVision`.
+        dims, in_dim, depths, num_heads, window_size, stem_stride, downsample, mlp_ratio, drop_rate, attn_drop_rate,
+            drop_path_rate, in_chans, num_classes, qkv_bias, qk_norm, layer_scale, layer_scale_conv, d_state, d_conv,
+            expand, conv_bias, io_regime, io_form, order, order_blocks, parity: see :class:`tokendyn.torch.MambaVision`.
         dtype: in which to compute; None: that of the images and the parameters together.
         param_dtype: of the parameters.
         rngs: the streams ``params``, ``dropout``, ``order``.
@@ -172,7 +174,11 @@ class MambaVision(nnx.Module):
         return self.norm(x).mean((1, 2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(b, in_chans, H, W) → (b, num_classes)."""
+        """Images x (b, in_chans, H, W) → logits (b, num_classes).
+
+        Raises:
+            ShapeError: x is no batch of images with ``in_chans`` channels.
+        """
         x = self.features(x)
         return x if self.head is None else self.head(x)
 
@@ -190,6 +196,12 @@ def mambavision_t(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`, ``rngs`` among them.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**options)
 
@@ -199,6 +211,12 @@ def mambavision_16px(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`, ``rngs`` among them; ``num_classes=10`` unless given.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**sized("mambavision_16px", options))
 
@@ -208,6 +226,12 @@ def mambavision_32px(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`, ``rngs`` among them; ``num_classes=10`` unless given.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**sized("mambavision_32px", options))
 
@@ -217,5 +241,11 @@ def mambavision_64px(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`, ``rngs`` among them; ``num_classes=10`` unless given.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**sized("mambavision_64px", options))

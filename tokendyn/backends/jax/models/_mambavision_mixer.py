@@ -95,7 +95,7 @@ class MambaVisionMixer(S6):
         return bias if bias is None or self.parity == "clean" else 2 * bias
 
     def __call__(self, hidden_states: jax.Array) -> jax.Array:  # type: ignore[override]
-        """(b, L, d_model) → (b, L, d_model)."""
+        """``hidden_states`` (b, L, d_model) → (b, L, d_model)."""
         expect_tokens("MambaVisionMixer", hidden_states, self.d_model)
         side = self.d_conv // 2
         padded = jnp.pad(self.in_proj(hidden_states), ((0, 0), (side, side), (0, 0)))

@@ -48,7 +48,7 @@ class CausalAttention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def forward(self, x: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
-        """(b, L, d_model) → (b, L, d_model); with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
+        """x (b, L, d_model) → the same; with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
         at the cost of (sequences, longest of them)."""
         expect_tokens("CausalAttention", x, self.d_model)
         if seq_idx is not None:
@@ -59,21 +59,29 @@ class CausalAttention(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (b, n_head, max_seqlen, d_head) each, and how many of the places are filled, ()."""
+        """Keys and values (b, n_head, max_seqlen, d_head) each, and how many of the places are filled, ().
+
+        b is ``batch_size``; in ``dtype``, by default that of the weights."""
         weight = self.in_proj.weight
         shape = (batch_size, self.n_head, max_seqlen, self.d_model // self.n_head)
         keys, values = (weight.new_zeros(shape, dtype=dtype or weight.dtype) for _ in range(2))
         return keys, values, torch.zeros((), dtype=torch.int64, device=weight.device)
 
     def prefill(self, x: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A whole prompt (b, L, D) → (b, L, D), from the beginning; the states are set in place and returned."""
+        """A whole prompt x (b, L, D) → the same, from the beginning.
+
+        The states ``keys``, ``values`` and ``filled`` are set in place and returned.
+        """
         q, k, v = self._heads(x, torch.arange(x.shape[1], device=x.device))
         keys[:, :, : x.shape[1]], values[:, :, : x.shape[1]] = k, v
         filled.fill_(x.shape[1])
         return self._join(F.scaled_dot_product_attention(q, k, v, is_causal=True)), keys, values, filled
 
     def step(self, x: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One token (b, 1, D) → (b, 1, D), O(max_seqlen); the states are advanced in place and returned."""
+        """One token x (b, 1, D) → the same, in O(max_seqlen).
+
+        The states ``keys``, ``values`` and ``filled`` are advanced in place and returned.
+        """
         q, k, v = self._heads(x, filled[None])
         keys.index_copy_(2, filled[None], k.to(keys.dtype))
         values.index_copy_(2, filled[None], v.to(values.dtype))

@@ -82,7 +82,7 @@ class H3(nn.Module):
             setattr(kept, "_no_weight_decay", True)  # noqa: B010
 
     def forward(self, x: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
-        """(b, L, d_model) → (b, L, d_model); with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
+        """x (b, L, d_model) → the same; with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
         at the cost of (sequences, longest of them)."""
         expect_tokens("H3", x, self.d_model)
         if seq_idx is not None:
@@ -93,8 +93,11 @@ class H3(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Empty states for decoding: (b, D, d_shift) of the shift model; (b, D, d_state/2, 2), in float32 at least, of
-        the diagonal one. They do not grow, whatever ``max_seqlen``."""
+        """Empty states for decoding ``batch_size`` = b sequences, in ``dtype``.
+
+        (b, D, d_shift) of the shift model; (b, D, d_state/2, 2), in float32 at least, of the diagonal one. They do not
+        grow, whatever ``max_seqlen``.
+        """
         weight = self.in_proj.weight
         dtype = dtype or weight.dtype
         exact = torch.promote_types(dtype, torch.float32)
@@ -104,7 +107,10 @@ class H3(nn.Module):
         )
 
     def prefill(self, x: Tensor, shift_state: Tensor, diag_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A whole prompt (b, L, D) → (b, L, D), from the beginning; the states are set in place and returned."""
+        """A whole prompt x (b, L, D) → the same, from the beginning.
+
+        ``shift_state`` and ``diag_state`` are set in place and returned.
+        """
         q, u, k = self._gated(x)
         shift_state.copy_(F.pad(k.mT, (self.d_shift - x.shape[1], 0)))  # a negative pad cuts a long prompt
         with without_autocast(x):
@@ -116,7 +122,7 @@ class H3(nn.Module):
         return self.out_proj(q * self._convolve(u).to(q.dtype)), shift_state, diag_state
 
     def step(self, x: Tensor, shift_state: Tensor, diag_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token (b, 1, D) → (b, 1, D); the states are advanced in place and returned."""
+        """One token x (b, 1, D) → the same; ``shift_state`` and ``diag_state`` are advanced in place and returned."""
         q, k, v = self.in_proj(x)[:, 0].chunk(3, dim=-1)
         shift_state.copy_(torch.cat([shift_state[..., 1:], k.unsqueeze(-1).to(shift_state.dtype)], dim=-1))
         u = (shift_state * self.shift.flip(-1)).sum(-1) * v

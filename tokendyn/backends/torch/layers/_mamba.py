@@ -120,7 +120,7 @@ class Mamba(S6):
         """(b, L, d_model) → (b, L, d_model).
 
         Args:
-            hidden_states: tokens.
+            hidden_states: (b, L, d_model) tokens.
             inference_params: mamba-ssm's cache (``seqlen_offset``, ``key_value_memory_dict``), for decoding token by
                 token after a prompt; refused by a block that orders its tokens.
             seq_idx: (b, L) integers, optional: sequences packed end to end, each by itself; another begins wherever the
@@ -137,7 +137,10 @@ class Mamba(S6):
         return self.out_proj(self.mix(self.convolve(x, seq_idx), z, seq_idx=seq_idx, lengths=lengths))
 
     def mix(self, x: Tensor, z: Tensor, *, seq_idx: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """S6(x) ∘ silu(z) of x and z (b, L, d_inner), in the order that ``order=`` asks for."""
+        """S6(x) ∘ silu(z) of x and z (b, L, d_inner), in the order that ``order=`` asks for.
+
+        ``seq_idx`` (b, L) and ``lengths`` (b,) as of :meth:`forward`.
+        """
         if self.order is None:
             return self.scan(x, z, seq_idx=seq_idx, lengths=lengths)
         self.expect_unpacked(seq_idx)
@@ -156,8 +159,8 @@ class Mamba(S6):
     ) -> tuple[Tensor, Tensor]:
         """Empty states for decoding: (b, d_inner, d_conv) of the convolution and (b, d_inner, N) of the scan.
 
-        ``max_seqlen`` is accepted for mamba-ssm's sake; the states do not grow. The scan's state is kept in float32
-        where ``dtype`` is a half precision.
+        b is ``batch_size``; ``max_seqlen`` is accepted for mamba-ssm's sake, the states do not grow. The scan's state
+        is kept in float32 where ``dtype`` is a half precision.
         """
         self._expect_decodable()
         weight = self.in_proj.weight
@@ -168,9 +171,9 @@ class Mamba(S6):
         )
 
     def prefill(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A whole prompt (b, L, d_model) → (b, L, d_model), from the beginning of the sequences.
+        """A whole prompt, ``hidden_states`` (b, L, d_model) → (b, L, d_model), from the beginning of the sequences.
 
-        The two states are set in place to those after its last token, and returned.
+        ``conv_state`` and ``ssm_state`` are set in place to those after its last token, and returned.
         """
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         if self.d_conv is not None:
@@ -180,7 +183,10 @@ class Mamba(S6):
         return self.out_proj(y), conv_state, ssm_state
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token: (b, 1, d_model) → (b, 1, d_model). The two states are advanced in place and returned."""
+        """One token, ``hidden_states`` (b, 1, d_model) → (b, 1, d_model).
+
+        ``conv_state`` and ``ssm_state`` are advanced in place and returned.
+        """
         if hidden_states.shape[1] != 1:
             raise ShapeError(
                 f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected one token (b, 1, D); "
@@ -193,7 +199,7 @@ class Mamba(S6):
         return self.out_proj(y.unsqueeze(1)), conv_state, ssm_state
 
     def convolve(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """(b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it in its sequence."""
+        """x (b, L, d_inner) → the same, each token mixed with the d_conv - 1 before it in its sequence (seq_idx)."""
         if self.conv1d is None:
             return F.silu(x)
         if seq_idx is None:
@@ -207,7 +213,7 @@ class Mamba(S6):
         return F.silu(out if self.conv1d.bias is None else out + self.conv1d.bias.to(x.dtype))
 
     def convolve_next(self, x: Tensor, conv_state: Tensor) -> Tensor:
-        """One token (b, 1, d_inner) of :meth:`convolve`; ``conv_state`` is advanced in place."""
+        """One token ``x`` (b, 1, d_inner) of :meth:`convolve`; ``conv_state`` is advanced in place."""
         if self.conv1d is not None:
             conv_state.copy_(torch.cat([conv_state[..., 1:], x.mT.to(conv_state.dtype)], dim=-1))
             x = F.conv1d(conv_state.to(x.dtype), self.conv1d.weight, self.conv1d.bias, groups=self.d_inner).mT

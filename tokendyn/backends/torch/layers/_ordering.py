@@ -38,6 +38,7 @@ class TokenOrdering(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor, *s_delta: Tensor, lengths: Tensor | None = None) -> Order | None:
+        """The order of the tokens ``x``, by ``s_delta`` where scores are made of it; see the class for ``lengths``."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

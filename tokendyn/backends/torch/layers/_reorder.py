@@ -55,7 +55,7 @@ class TokenReorder(nn.Module):
         self.order = ordering
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(b, L, D) → (b, L, D); further arguments go to the mixer as they are.
+        """``x`` (b, L, D) → (b, L, D); ``args`` and ``kwargs`` go to the mixer as they are.
 
         Raises:
             ShapeError: x has another number of axes or channels.

@@ -134,11 +134,11 @@ class S6(nn.Module):
         return self.dt_proj.bias
 
     def token_order(self, x: Tensor, lengths: Tensor | None = None) -> Order | None:
-        """The order of the tokens x (b, L, d) that this layer's ``order=`` asks for, or None."""
+        """The order of the tokens x (b, L, d), of ``lengths`` (b,), that this layer's ``order=`` asks for, or None."""
         return None if self.order is None else self.order(x, *self.s_delta(), lengths=lengths)
 
     def expect_unpacked(self, seq_idx: Tensor | None) -> None:
-        """Refuse packed sequences on behalf of an order that would mix them."""
+        """Refuse packed sequences (``seq_idx``) on behalf of an order that would mix them."""
         if seq_idx is not None:
             raise OptionError(
                 f"{type(self).__name__}: seq_idx was given to a layer with order=, which would sort tokens across "
@@ -200,8 +200,14 @@ class S6(nn.Module):
         seq_idx: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Any:
-        """y (b, L, d), or (y, last_state) with ``return_last_state``; the arguments are those of
-        :func:`tokendyn.selective_scan`.
+        """Scan the tokens in the layer's order.
+
+        Args:
+            x: (b, L, d) tokens, channels last.
+            initial_state, return_last_state, seq_idx, lengths: as of :func:`tokendyn.selective_scan`.
+
+        Returns:
+            y (b, L, d), or (y, last_state) with ``return_last_state``.
 
         Raises:
             ShapeError: x has another number of axes or channels.

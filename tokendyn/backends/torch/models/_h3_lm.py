@@ -29,7 +29,7 @@ class H3LM(LanguageModel[H3LMConfig]):
     """H3 language model: ``x ← x + H3(norm(x))``, ``x ← x + MLP(norm(x))``, ``n_layer`` times.
 
     Args:
-        config: a :class:`H3LMConfig`; or give its fields by name.
+        config, options: a :class:`H3LMConfig`, or its fields by name.
 
     Shapes:
         tokens (b, L) → logits (b, L, vocab_size rounded up).

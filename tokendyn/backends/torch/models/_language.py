@@ -256,6 +256,9 @@ def initialise(model: nn.Module, backbone: Backbone) -> None:
 class LanguageModel(nn.Module, Generic[Config]):
     """A language model: ``lm_head(backbone(tokens))``; the base of all here.
 
+    Args:
+        config, options: the model's configuration, or its fields by name.
+
     Attributes:
         config: what the model was made with.
         causal: False if an order of whole sequences lets its outputs see later tokens
@@ -330,6 +333,8 @@ class LanguageModel(nn.Module, Generic[Config]):
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Cache:
         """Empty states of all blocks for decoding ``batch_size`` sequences of at most ``max_seqlen`` tokens.
 
+        In ``dtype``, by default that of the weights; states of scans in float32 at least.
+
         Raises:
             OptionError: the model is not causal, so it cannot go on from a state.
         """
@@ -342,12 +347,12 @@ class LanguageModel(nn.Module, Generic[Config]):
         return [tuple(block.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)) for block in blocks]
 
     def prefill(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Logits (b, rows) after a whole prompt (b, L); ``cache`` is filled in place."""
+        """Logits (b, rows) after a whole prompt, ``tokens`` (b, L); ``cache`` is filled in place."""
         self._expect_ids(tokens)
         return self.lm_head(self.backbone.advance(tokens, cache, prompt=True)[:, -1])
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Logits (b, rows) after one more token (b,) of each sequence; ``cache`` is advanced in place."""
+        """Logits (b, rows) after one more of each sequence's ``tokens`` (b,); ``cache`` is advanced in place."""
         return self.lm_head(self.backbone.advance(tokens.unsqueeze(1), cache, prompt=False)[:, -1])
 
     @torch.no_grad()
@@ -421,6 +426,10 @@ class LanguageModel(nn.Module, Generic[Config]):
         cls, folder: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """The model in a local ``folder`` that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            folder: where the files are; nothing is fetched.
+            device, dtype: of the weights; those of the file unless given.
 
         Raises:
             CheckpointError: files are missing, damaged, cut short, pickles, or of another model.

@@ -65,7 +65,7 @@ class MambaLM(LanguageModel[MambaLMConfig]):
     ..., ``backbone.norm_f``, ``lm_head``); :meth:`from_pretrained` also reads Hugging Face's.
 
     Args:
-        config: a :class:`MambaLMConfig`; or give its fields by name,
+        config, options: a :class:`MambaLMConfig`, or its fields by name,
             ``MambaLM(vocab_size=50280, d_model=768, n_layer=24)``.
 
     Shapes:
@@ -128,6 +128,12 @@ def mamba_lm_130m(**options: Any) -> MambaLM:
 
     Args:
         options: fields of :class:`MambaLMConfig`, such as ``vocab_size=50257``, ``io_regime="positive"``.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaLM`.
 
     Source:
         Gu and Dao (2023), Table 12; paper 1, Section 5.1.

@@ -189,7 +189,11 @@ class MambaVision(nn.Module):
         return self.norm(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, in_chans, H, W) → (b, num_classes)."""
+        """Images x (b, in_chans, H, W) → logits (b, num_classes).
+
+        Raises:
+            ShapeError: x is no batch of images with ``in_chans`` channels.
+        """
         return self.head(self.forward_features(x))
 
 
@@ -198,6 +202,12 @@ def mambavision_t(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`, such as ``order="published"``, ``parity="published"``.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
 
     Source:
         Hatamizadeh and Kautz (2024), Table 1; paper 1, Tables 3 and 8.
@@ -210,6 +220,12 @@ def mambavision_16px(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**sized("mambavision_16px", options))
 
@@ -219,6 +235,12 @@ def mambavision_32px(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**sized("mambavision_32px", options))
 
@@ -228,5 +250,11 @@ def mambavision_64px(**options: Any) -> MambaVision:
 
     Args:
         options: arguments of :class:`MambaVision`; ``num_classes=10`` unless given.
+
+    Returns:
+        The model, freshly initialised.
+
+    Raises:
+        OptionError, RegimeError, ShapeError: see :class:`MambaVision`.
     """
     return MambaVision(**sized("mambavision_64px", options))

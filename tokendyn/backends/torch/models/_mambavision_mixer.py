@@ -92,7 +92,7 @@ class MambaVisionMixer(S6):
         return bias if bias is None or self.parity == "clean" else 2 * bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """(b, L, d_model) → (b, L, d_model)."""
+        """``hidden_states`` (b, L, d_model) → (b, L, d_model)."""
         expect_tokens("MambaVisionMixer", hidden_states, self.d_model)
         x, z = self.in_proj(hidden_states).mT.chunk(2, dim=1)
         x = F.silu(self.conv1d_x(x)).mT

@@ -28,7 +28,7 @@ class TransformerLM(LanguageModel[TransformerLMConfig]):
     """Pre-norm Transformer with rotary positions: ``x ← x + attention(norm(x))``, ``x ← x + MLP(norm(x))``.
 
     Args:
-        config: a :class:`TransformerLMConfig`; or give its fields by name.
+        config, options: a :class:`TransformerLMConfig`, or its fields by name.
 
     Shapes:
         tokens (b, L) → logits (b, L, vocab_size rounded up).
