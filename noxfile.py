@@ -18,7 +18,7 @@ import nox
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests", "equivalence", "equivalence-selftest"]
+nox.options.sessions = ["lint", "types", "docs", "tests", "equivalence", "equivalence-selftest"]
 
 ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"

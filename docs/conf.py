@@ -15,12 +15,13 @@ project = "tokendyn"
 author = "The tokendyn authors"
 release = version = tokendyn.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "mathml"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_ext", "_extra", "_measured", "dynamics/_measured"]
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "tokendyn"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
