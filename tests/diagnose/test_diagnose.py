@@ -569,6 +569,83 @@ def test_layers_of_transformers_in_a_folder(tmp_path: Path) -> None:
     assert found.layers[0]["family"] == "falcon_mamba"
 
 
+def test_every_entry_is_documented() -> None:
+    """docs/diagnose.md promises every entry of a layer's dictionary, and names none that is not there."""
+    text = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text(encoding="utf-8")
+    table = text.split("## Every entry")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", table, re.MULTILINE)
+    model, ids = small(52, layers=1)
+    layer = diagnose(model, ids).layers[0]
+    told = {name: row for head, row in rows for name in re.findall(r"`(\w+)`", head)}
+    assert set(told) == set(layer)
+    for name, row in told.items():
+        known = layer[name]
+        if isinstance(known, dict) and "median" not in known:
+            mentioned = set(re.findall(r"`(\w+)`", row))
+            assert set(known) <= mentioned | {"tokens"}, name
+
+
+def test_growth_is_that_of_the_streams() -> None:
+    model, ids = small(53, layers=2)
+    with capture(model.double()) as scans:
+        model(ids)
+    found = diagnose(model, ids).layers[1]["growth"]
+    scan = scans[1]
+    assert scan.tokens_in is not None
+    assert scan.tokens_out is not None
+    measured = (scan.tokens_out.norm(dim=-1) / scan.tokens_in.norm(dim=-1)).log().detach()
+    predicted = _rates(scan)
+    assert found["measured"]["max"] == pytest.approx(float(measured.max()), rel=1e-5)
+    assert found["predicted"]["min"] == pytest.approx(float(predicted.min()), rel=1e-5)
+    same = (measured.sign() == predicted.sign()).double().mean()
+    assert found["sign_agreement"] == pytest.approx(float(same))
+    from scipy.stats import spearmanr
+
+    wanted = np.mean([spearmanr(p, m).statistic for p, m in zip(predicted, measured, strict=True)])
+    assert found["correlation"] == pytest.approx(wanted, abs=1e-10)
+    # Theory without what it knows nothing of: a block that adds a small step of the flow itself grows as predicted.
+    scan.tokens_in = scan.u.mT
+    scan.tokens_out = (scan.u + 1e-6 * scan.state_output()).mT
+    from tokendyn.diagnose._measure._growth import measure_growth
+
+    exact = measure_growth(scan, scan.state_output())
+    assert exact is not None
+    assert exact["sign_agreement"] == 1.0
+    assert exact["correlation"] == pytest.approx(1.0, abs=1e-3)
+    scan.reorders = True
+    assert measure_growth(scan, scan.state_output()) is None
+
+
+def test_distances_to_the_limit_points() -> None:
+    model, ids = small(54, layers=1)
+    with capture(model.double()) as scans:
+        model(ids[:1])
+    sphere = diagnose(model, ids[:1]).layers[0]["sphere"]
+    scan = scans[0]
+    assert scan.projections is not None
+    unit = torch.nn.functional.normalize(scan.u[0].detach(), dim=0).numpy()
+    points = {point["point"]: point for point in sphere["limit_points"]}
+    later = unit[:, 1:]
+    M = (scan.projections.S_C.mT @ scan.projections.S_B).numpy()
+    normal = M @ unit[:, 0]
+    distances = {
+        "+x₁": 1 - later.T @ unit[:, 0],
+        "−x₁": 1 + later.T @ unit[:, 0],
+        "hyperplane xᵀMx₁ = 0": np.abs(later.T @ normal) / np.linalg.norm(normal),
+    }
+    attracted = unit[:, 0] @ M @ unit[:, 0] > 0
+    for name, distance in distances.items():
+        assert points[name]["distance"]["max"] == pytest.approx(distance.max(), rel=1e-5)
+        assert points[name]["distance"]["median"] == pytest.approx(np.median(distance), rel=1e-4)
+        assert points[name]["predicted"] == (attracted != name.startswith("hyper"))
+    poles = {name: point for name, point in points.items() if name[1] == "e"}
+    assert len(poles) == min(16, sphere["stable_pole_count"])
+    for name, point in poles.items():
+        sign, channel = 1 if name[0] == "+" else -1, int(name[2:])
+        assert point["distance"]["min"] == pytest.approx((1 - sign * unit[channel]).min(), rel=1e-5)
+        assert {"channel": channel, "sign": sign, "rate": point["rate"]} in sphere["stable_poles"]
+
+
 def test_module_is_callable() -> None:
     model, ids = small(49)
     assert str(tokendyn.diagnose(model, ids)) == str(diagnose(model, ids))

@@ -61,7 +61,12 @@ def capture(model: nn.Module) -> Iterator[list[Capture]]:
     from tokendyn.diagnose._adapters import find_sites
 
     captures: list[Capture] = []
-    with watching(model, find_sites(model), captures.append):
+
+    def keep(capture: Capture) -> None:
+        _ = capture.pre  # now, while the weights are those of this pass
+        captures.append(capture)
+
+    with watching(model, find_sites(model), keep):
         yield captures
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Capture:
         family: the adapter that saw it.
         u: (b, d, L) tokens as the scan got them; ``driven``: as they entered the state, where the model rounds them.
         delta: (b, d, L) Δ, after bias and softplus.
-        pre: (b, d, L) S_Δ x, before the bias and the softplus, or None where it cannot be seen.
+        linear_part: makes :attr:`pre`, for those who ask.
         A: (d, N); B, C: (b, N, L); D: (d,) or None; z: (b, d, L) or None, the gate before its activation.
         y: (b, d, L) what the scan gave: with the skip, and gated where there is a z.
         projections: the maps behind Δ, B, C, or None where they cannot be seen.
@@ -74,7 +75,7 @@ class Capture:
     z: Tensor | None
     y: Tensor
     index: int = 0
-    pre: Tensor | None = None
+    linear_part: Callable[[], Tensor | None] | None = None
     driven: Tensor | None = None
     projections: Projections | None = None
     tokens_in: Tensor | None = None
@@ -82,6 +83,11 @@ class Capture:
     fused: float | None = None
     reorders: bool = False
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def pre(self) -> Tensor | None:
+        """(b, d, L) S_Δ x, before the bias and the softplus, or None where it cannot be seen."""
+        return None if self.linear_part is None else self.linear_part()
 
     @property
     def title(self) -> str:

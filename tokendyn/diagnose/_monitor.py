@@ -45,8 +45,8 @@ class Monitor:
 
     Every record is ``{"step": ..., "layers": {name: {...}}}``, of each layer: the mean and the greatest Δ, the greatest
     output, the share of tokens with x_lᵀ M x_l > 0, the share of the movement that grows tokens and its mean rate, the
-    attention on the first token and its entropy (of the first 64 tokens, in 16 channels), the mean cosine of two tokens
-    after the block, and ``limit``, where the dtype overflows. What cannot be had is None.
+    attention on the first token and its entropy (of the first 64 tokens, in about 8 channels), the mean cosine of two
+    tokens after the block, and ``limit``, where the dtype overflows. What cannot be had is None.
 
     Args:
         model: as of :func:`tokendyn.diagnose`.

@@ -148,7 +148,7 @@ def _captured(module: Any, seen: dict[str, Tensor]) -> dict[str, Any]:
         "u": u.mT.to(exact),
         "driven": u.mT.float().to(exact) if rounded else None,
         "delta": F.softplus(pre + shift).to(exact),
-        "pre": pre.to(exact),
+        "linear_part": lambda: pre.to(exact),
         "A": A.to(exact),
         "B": (B.float() if rounded else B).mT.to(exact),
         "C": C.mT.to(exact),

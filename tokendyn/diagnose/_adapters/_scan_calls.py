@@ -111,7 +111,7 @@ def _captured(
     return {
         "u": u.detach(),
         "delta": F.softplus(step) if delta_softplus else step,
-        "pre": _linear_part(module, delta.detach(), delta_softplus),
+        "linear_part": lambda: _linear_part(module, delta.detach(), delta_softplus),
         "A": _rates(A.detach(), B.shape[1]),
         "B": B.detach(),
         "C": C.detach(),

@@ -291,7 +291,7 @@
     const grid = document.createElement("div"); grid.className = "grid"; host.append(grid);
     const a = layer.attention, s = layer.spectrum;
     if (a) {
-      new Plot(grid, { title: "Hidden attention", square: true, note: `Mean of |P| over ${a.channels} of ${a.of} channels, rows normalised; darker is more (logarithmic).`, cells: a.picture.cells, size: a.picture.size, xLabel: "token looked at", yLabel: "token looking" });
+      new Plot(grid, { title: "Hidden attention", square: true, note: `Mean of |P| over ${a.channels} of ${a.of} channels, rows normalised, on a logarithmic scale.`, cells: a.picture.cells, size: a.picture.size, xLabel: "token looked at", yLabel: "token looking" });
       const place = a.sink.map((_, i) => i + 1);
       new Plot(grid, { title: "Sink score of every position", square: true, note: "Mean attention from all later tokens, beside an even spread.", log: true, xLabel: "position", yLabel: "attention", series: [
         { name: "this layer", colour: "accent", x: place.slice(0, -1), y: a.sink.slice(0, -1) }, { name: "even spread", colour: "other", dashed: true, x: place.slice(0, -1), y: a.even.slice(0, -1) }] });

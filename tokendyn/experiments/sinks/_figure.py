@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tokendyn.experiments._drawing import COLOURS, STYLE, save_figure
 from tokendyn.experiments.sinks._interventions import INTERVENTIONS
@@ -36,10 +37,11 @@ def _layers(panel: Axes, found: dict[str, Any], models: list[str]) -> None:
     for name in models:
         label, colour = _MODELS[name]
         rows = found[name]["plain"]["sinks"]
-        depth = [row["place"] for row in rows]
+        depth = [row["place"] + 1 for row in rows]
         panel.plot(depth, [row["sink"] for row in rows], "o", color=colour, label=label, ms=4, alpha=0.8)
     even = found[models[0]]["plain"]["sinks"][0]["even"]
     panel.axhline(even, color="black", linestyle="--", linewidth=1, label="even spread")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set(yscale="log", xlabel="scan, by depth", ylabel="attention to token 1", title="Is token 1 a sink?")
     panel.legend(fontsize=7)
 
@@ -48,7 +50,7 @@ def _interventions(panel: Axes, found: dict[str, Any], models: list[str]) -> Non
     for name in models:
         label, colour = _MODELS[name]
         means = [found[name]["interventions"][change]["mean"] for change in INTERVENTIONS]
-        panel.plot(range(len(means)), means, "o-", color=colour, label=label, ms=4, linewidth=1)
+        panel.plot(range(len(means)), means, "o:", color=colour, label=label, ms=4, linewidth=0.8)
     panel.set_xticks(range(len(INTERVENTIONS)), list(INTERVENTIONS), rotation=35, ha="right", fontsize=7)
     panel.set(yscale="log", title="What makes it one?")
 
