@@ -30,7 +30,7 @@ def _library(source: str, variant: tuple[str, ...]) -> ctypes.CDLL:
     )
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"
     code.write_text(f'#include "{Path(__file__).with_suffix(".hpp")}"\n{source}\n{text}')
-    command = [COMPILER, "-O1", "-std=c++17", "-fPIC", "-shared", "-w", *variant, str(code), "-o", str(library)]
+    command = [COMPILER, "-O0", "-std=c++17", "-fPIC", "-shared", "-w", *variant, str(code), "-o", str(library)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 

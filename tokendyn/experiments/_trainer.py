@@ -70,8 +70,9 @@ def numerics(compute: ComputeConfig) -> Iterator[None]:
     torch.set_num_threads(compute.threads)
     torch.use_deterministic_algorithms(compute.deterministic, warn_only=compute.device != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    tune = torch.backends.cudnn.benchmark
+    tune, cudnn_attention = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cudnn.benchmark = not compute.deterministic  # the fastest convolution may be another every time
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients hold NaN at some lengths (pytorch/pytorch#196678)
     try:
         yield
     finally:
@@ -79,6 +80,7 @@ def numerics(compute: ComputeConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = tune
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 class Trainer:

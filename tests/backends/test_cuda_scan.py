@@ -1,0 +1,128 @@
+"""The CUDA kernels of the selective scan against the spec.
+
+On a GPU they run there; elsewhere a C++ compiler builds them for the CPU (``cuda_emulator.hpp``), with small sizes.
+Everything that they allocate is filled with NaN first, so that an element which no kernel writes shows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tokendyn.backends.torch.ops import _scan_cuda
+
+from . import cuda_emulator
+from .scan_cases import CASES as SHARED
+from .scan_cases import DEVICE, arguments, check, evaluate, tensors
+
+if DEVICE == "cpu" and cuda_emulator.COMPILER is None:
+    pytest.skip("neither a GPU nor a C++ compiler to build the kernels for the CPU", allow_module_level=True)
+
+#: Beside the shared cases: several chunks, odd and whole 16-byte runs, one, two, four and eight lanes a channel.
+CASES = SHARED | {
+    "four lanes": {"b": 2, "d": 37, "L": 140, "N": 13},
+    "whole runs": {"b": 1, "d": 40, "L": 136, "N": 16, "without": ("z",)},
+    "whole runs, channels last": {"b": 1, "d": 40, "L": 70, "N": 16, "last": True, "without": ("z",)},
+    "two lanes, packed and padded": {"b": 2, "d": 16, "L": 100, "N": 8, "packed": True, "padded": True},
+    "four lanes, scalar A": {"b": 1, "d": 9, "L": 140, "N": 16, "scalar": True},
+}
+RUNS = [
+    ("one token", "float32"),
+    ("plain", "float16"),
+    ("all options, two blocks of channels", "bfloat16"),
+    ("blocks of states", "float32"),
+    ("groups", "float32"),
+    ("four lanes", "bfloat16"),
+    ("four lanes", "float32"),
+    ("whole runs", "bfloat16"),
+    ("whole runs, channels last", "bfloat16"),
+    ("two lanes, packed and padded", "float32"),
+    ("four lanes, scalar A", "bfloat16"),
+    ("four lanes, scalar A", "float32"),
+    ("scalar A, packed and padded", "float32"),
+    ("large steps", "float32"),
+    ("small steps", "float32"),
+    ("scalar A, large steps", "float32"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch):
+    """Off a GPU kernels run emulated."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(_scan_cuda, "launch", cuda_emulator.launch)
+
+
+@pytest.fixture
+def _in_segments(monkeypatch):
+    """Sequences are cut, and blocks of channels add dB and dC to one copy in turn."""
+    monkeypatch.setattr(_scan_cuda, "BLOCKS_A_PROCESSOR", 1000)
+    monkeypatch.setattr(_scan_cuda, "PARTS", 1)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=[f"{n}-{d}" for n, d in RUNS])
+def test_kernels_agree_with_the_spec(name, dtype):
+    options = dict(CASES[name])
+    check(_scan_cuda.run, arguments(name, **options), getattr(torch, dtype), options.get("last", False))
+
+
+@pytest.mark.usefixtures("poisoned", "_in_segments")
+@pytest.mark.parametrize("name", ["four lanes", "two lanes, packed and padded", "four lanes, scalar A"])
+def test_sequences_in_segments_agree_with_the_spec(name):
+    check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
+
+
+def test_padding_reaches_nothing():
+    values = arguments("padding", 2, 16, 40, 8, packed=True, padded=True)
+    clean = evaluate(_scan_cuda.run, tensors(values, torch.float32, False))
+    for key in ("u", "delta", "z", "B", "C"):
+        for batch, length in enumerate(values["lengths"]):
+            values[key][batch, ..., length:] = np.nan
+    dirty = evaluate(_scan_cuda.run, tensors(values, torch.float32, False))
+    assert all(torch.equal(clean[key], dirty[key]) for key in clean)
+
+
+def test_mixed_dtypes_are_computed_in_float32():
+    values = arguments("mixed", 1, 3, 10, 2)
+    given = tensors(values, torch.float32, False)
+    given["u"] = given["u"].detach().bfloat16().requires_grad_()
+    y = _scan_cuda.run(**given)
+    (du,) = torch.autograd.grad(y.float().sum(), given["u"])
+    assert y.dtype == du.dtype == torch.bfloat16
+    want = _scan_cuda.run(**{**given, "u": given["u"].detach().float()})
+    torch.testing.assert_close(y, want.bfloat16())
+
+
+#: A fault, and a case that must notice it.
+FAULTS = {
+    "dC of the token before": ("dout[i] * before[k + 1][j]", "dout[i] * before[k][j]", "blocks of states"),
+    "a reset without effect backward": (
+        "if (s.resets[t + k]) decay[k][j] = 0.0f;",
+        "",
+        "two lanes, packed and padded",
+    ),
+    "one warp's channels not added": ("warp < WARPS; warp++", "warp < WARPS - 1; warp++", "four lanes"),
+    "a state kept too late": ("start % CHUNK == 0", "start % CHUNK == HALF", "four lanes"),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="faults are planted in what the CPU runs")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, monkeypatch):
+    good, bad, name = FAULTS[fault]
+    source = _scan_cuda.source()
+    assert source.count(good) == 1
+    monkeypatch.setattr(_scan_cuda, "source", lambda: source.replace(good, bad))
+    with pytest.raises(AssertionError, match=r"exceeds|not finite"):
+        check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
+
+
+def test_operator_is_registered_rightly():
+    given = tensors(arguments("opcheck", 1, 2, 4, 1), torch.float32, False)
+    B, C = given["B"].unsqueeze(1), given["C"].unsqueeze(1)
+    args = (given["u"], given["delta"], given["A"], B, C, given["D"], None, None, None, None, None, True, True, True)
+    torch.library.opcheck(
+        torch.ops.tokendyn.selective_scan_cuda.default, args, test_utils=("test_schema", "test_faketensor")
+    )

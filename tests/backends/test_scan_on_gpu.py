@@ -1,0 +1,89 @@
+"""The scan's engines on an NVIDIA GPU at real sizes: the numbers, compilation, CUDA graphs, the same bits again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokendyn
+
+pytest.importorskip("triton")
+
+# isort: split
+from tokendyn.backends.torch.ops import _scan_cuda, _scan_plain, _scan_triton
+
+from .scan_cases import arguments, check, evaluate, tensors
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+ENGINES = ("cuda", "triton")
+GPU_SIZES = {
+    "general": {"b": 2, "d": 256, "L": 1024, "N": 16},
+    "odd": {"b": 2, "d": 200, "L": 777, "N": 9, "G": 2, "packed": True, "padded": True},
+    "wide state": {"b": 1, "d": 64, "L": 300, "N": 200},
+    "channels last": {"b": 2, "d": 256, "L": 600, "N": 16, "last": True},
+    "scalar A": {"b": 2, "d": 256, "L": 1024, "N": 16, "scalar": True},
+    "scalar A, odd": {"b": 2, "d": 200, "L": 777, "N": 9, "G": 2, "packed": True, "padded": True, "scalar": True},
+}
+
+
+def run_by(engine, state):
+    """What runs a call by ``engine``, which may decline a wide state."""
+    if engine == "cuda" and state > _scan_cuda.STATE:
+        pytest.skip("the engine declines so wide a state")
+    return {"cuda": _scan_cuda.run, "triton": _scan_triton.run}[engine]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", GPU_SIZES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_real_sizes(engine, name, dtype):
+    dtype, options = getattr(torch, dtype), dict(GPU_SIZES[name])
+    run, last = run_by(engine, options["N"]), options.get("last", False)
+    values = arguments(name, **options)
+    rounded = {
+        key: value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        for key, value in tensors(values, dtype, False).items()
+    }
+    want = {k: v.cpu() for k, v in evaluate(_scan_plain.run, tensors(rounded, torch.float64, False)).items()}
+    check(run, values, dtype, last, want)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_bits_again(engine, scalar):
+    values = arguments("again", 4, 500, 1500, 16, scalar=scalar)
+    given = tensors(values, torch.bfloat16, False)
+    first, second = (evaluate(run_by(engine, 16), given) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # advice of torch's compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of inductor's own imports
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_compiles_whole_and_is_captured_in_a_graph(engine, scalar):
+    values = arguments("graph", 2, 64, 128, 8, scalar=scalar)
+    given = tensors(values, torch.bfloat16, False)
+
+    def step():
+        y = tokendyn.selective_scan(**given, engine=engine)
+        return torch.autograd.grad(y.float().square().sum(), [given["u"], given["A"]])
+
+    eager = step()
+    compiled = torch.compile(lambda: tokendyn.selective_scan(**given, engine=engine), fullgraph=True)
+    y = compiled()
+    found = torch.autograd.grad(y.float().square().sum(), [given["u"], given["A"]])
+    assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
+    del y  # it keeps nodes of the graph alive that belong to the default stream
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
