@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from tokendyn import _dispatch
+from tokendyn._layers import CONSTRUCTORS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(
@@ -86,13 +88,42 @@ MODULES = (
 DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: (?:[\w.]*\.)?(\w+)$", re.MULTILINE)
 
 
+def public(module: str) -> dict[str, Any]:
+    """The public functions and classes of a module, by name."""
+    found = importlib.import_module(module)
+    named = {name: getattr(found, name) for name in found.__all__}
+    return {name: value for name, value in named.items() if inspect.isfunction(value) or inspect.isclass(value)}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_is_in_the_reference(module: str) -> None:
-    found = importlib.import_module(module)
     pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
     documented = set(DIRECTIVE.findall(pages))
-    names = {name for name in found.__all__ if not isinstance(getattr(found, name), (ModuleType, str))}
+    names = {*public(module), *CONSTRUCTORS}
     assert names <= documented, f"not in docs/reference: {sorted(names - documented)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_describe_every_parameter(module: str) -> None:
+    """By name; of a class its bases' docstrings count too."""
+    for name, value in public(module).items():
+        texts = [inspect.getdoc(part) or "" for part in (value.__mro__[:-1] if inspect.isclass(value) else [value])]
+        assert texts[0], name
+        if inspect.isclass(value) and issubclass(value, Warning):
+            continue
+        for parameter in inspect.signature(value).parameters.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name.startswith("_"):
+                continue
+            named = re.compile(rf"(?<![\w.]){re.escape(parameter.name)}(?!\w)")
+            assert any(map(named.search, texts)), f"{module}.{name}: {parameter.name} is not described"
+
+
+def test_every_picture_has_a_text() -> None:
+    for page in PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for alt in re.findall(r"!\[([^\]]*)\]\(", text):
+            assert len(alt) > 5, page
+        assert text.count("```{image}") == text.count(":alt:"), page
 
 
 def test_tables_of_results_are_those_of_the_measurements() -> None:

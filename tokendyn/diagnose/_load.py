@@ -252,7 +252,18 @@ def _check_layer(name: str, entries: Mapping[str, Tensor]) -> None:
 
 
 def save_projections(folder: str | Path, layers: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write layers as :func:`load_projections` reads them: ``{layer: {"S_B": ..., "A": ..., "x": ...}}``."""
+    """Write layers as :func:`load_projections` reads them.
+
+    Args:
+        folder: made if it is not there; ``layers.safetensors`` is written into it.
+        layers: ``{layer: {"S_B": ..., "A": ..., "x": ...}}``, with shapes as :func:`load_projections` has them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: an entry of another name; CheckpointError: one that is missing; ShapeError, DTypeError.
+    """
     path = Path(folder)
     for name, entries in layers.items():
         unknown = sorted(set(entries) - set(ENTRIES))
