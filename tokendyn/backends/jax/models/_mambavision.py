@@ -28,12 +28,12 @@ class MambaVision(nnx.Module):
     """MambaVision: a stem, two stages of convolution blocks, two of selective mixers followed by window attention.
 
     Arguments, and names, shapes and starting distributions of the parameters, are those of
-    :class:`tokendyn.torch.MambaVision`. The defaults are MambaVision-T.
+    :class:`tokendyn.torch.MambaVision`: dims, in_dim, depths, num_heads, window_size, stem_stride, downsample,
+    mlp_ratio, drop_rate, attn_drop_rate, drop_path_rate, in_chans, num_classes, qkv_bias, qk_norm, layer_scale,
+    layer_scale_conv, d_state, d_conv, expand, conv_bias, io_regime, io_form, order, order_blocks, parity. The
+    defaults are MambaVision-T.
 
     Args:
-        dims, in_dim, depths, num_heads, window_size, stem_stride, downsample, mlp_ratio, drop_rate, attn_drop_rate,
-            drop_path_rate, in_chans, num_classes, qkv_bias, qk_norm, layer_scale, layer_scale_conv, d_state, d_conv,
-            expand, conv_bias, io_regime, io_form, order, order_blocks, parity: see :class:`tokendyn.torch.MambaVision`.
         dtype: in which to compute; None: that of the images and the parameters together.
         param_dtype: of the parameters.
         rngs: the streams ``params``, ``dropout``, ``order``.
