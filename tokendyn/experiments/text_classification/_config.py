@@ -128,8 +128,8 @@ def demo() -> TextConfig:
 def _on_gpu(max_length: int, train: TrainConfig) -> TextConfig:
     return TextConfig(
         seeds=(0, 1, 2, 3, 4),
-        data=DataConfig(vocabulary=20_000, max_length=max_length, word_dropout=0.4),
-        model=ModelConfig(d_model=128, n_layer=2, d_state=16, dropout=0.2, head_dropout=0.5),
+        data=DataConfig(vocabulary=20_000, max_length=max_length, word_dropout=0.5),
+        model=ModelConfig(d_model=128, n_layer=2, d_state=16, dropout=0.3, head_dropout=0.5),
         train=train,
         compute=ComputeConfig(threads=1, precision="bfloat16", deterministic=False),
         run=RunConfig(jobs=5),
@@ -142,11 +142,11 @@ def imdb() -> TextConfig:
     return _on_gpu(
         512,
         TrainConfig(
-            epochs=8,
+            epochs=6,
             batch_size=64,
             learning_rate=2e-3,
             warmup=0.1,
-            weight_decay=0.5,
+            weight_decay=1.0,
             log_every=65,
             evaluate_every=390,
             checkpoint_every=390,
@@ -164,7 +164,7 @@ def ag_news() -> TextConfig:
             batch_size=128,
             learning_rate=2e-3,
             warmup=0.1,
-            weight_decay=0.5,
+            weight_decay=1.0,
             log_every=50,
             evaluate_every=250,
             checkpoint_every=500,
