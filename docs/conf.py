@@ -13,6 +13,7 @@ import tokendyn
 
 project = "tokendyn"
 author = "The tokendyn authors"
+project_copyright = "The tokendyn authors"
 release = version = tokendyn.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "mathml"]

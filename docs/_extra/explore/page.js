@@ -170,7 +170,7 @@
         const cell = element("td", {});
         if (l >= now.length) { cell.className = "empty"; cell.textContent = j <= l ? "ended" : ""; }
         else if (j <= l) {
-          const value = P[l][j], part = Math.round(62 * Math.abs(value) / largest);
+          const value = P[l][j], part = Math.round(56 * Math.abs(value) / largest);
           cell.textContent = number(value);
           cell.style.background = `color-mix(in srgb, var(--${value < 0 ? "minus" : "plus"}) ${part}%, var(--card))`;
         }
