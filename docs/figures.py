@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -41,7 +42,7 @@ def hidden_attention() -> Figure:
 
 def depth_as_time() -> Figure:
     """Stacks of 8, 32, 128 layers beside the solution of the differential equation."""
-    problem = {"mu": -1.5, "s_delta": -0.4, "a": 1.0}
+    problem: dict[str, Any] = {"mu": -1.5, "s_delta": -0.4, "a": 1.0}
     x0, depth = np.array([1.8, -1.2, 0.9, -0.5]), 2.0
     exact = tokendyn.simulate(**problem, x0=x0, t_end=depth)
     figure = Figure(figsize=(8, 2.9), layout="constrained")
