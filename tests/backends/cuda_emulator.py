@@ -8,13 +8,12 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from tokendyn.backends.torch.ops import _scan_cuda
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-NAMES = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients")
+NAMES = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts")
 _FOLDER = tempfile.TemporaryDirectory(prefix="tokendyn-emulator-")
 
 
@@ -35,9 +34,7 @@ def _library(source: str, variant: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def launch(name: str, variant: tuple[str, ...], shared: int, blocks: int, arguments: Sequence[int], device) -> None:
+def launch(name: str, variant: tuple[str, ...], shared: int, blocks: int, arguments: ctypes.Array, device) -> None:
     """In the place of the engine's own ``launch``."""
     assert shared <= 16 << 13
-    getattr(_library(_scan_cuda.source(), variant), f"run_{name}")(
-        (ctypes.c_int64 * len(arguments))(*arguments), blocks
-    )
+    getattr(_library(_scan_cuda.source(), variant), f"run_{name}")(arguments, blocks)

@@ -54,9 +54,8 @@ class Kernel:
         _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), f"asking for {shared_bytes} bytes")
         self._function, self._shared_bytes = function, shared_bytes
 
-    def __call__(self, blocks: int, threads: int, stream: int, arguments: Sequence[int]) -> None:
-        values = (ctypes.c_int64 * len(arguments))(*arguments)
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(values))
+    def __call__(self, blocks: int, threads: int, stream: int, arguments: ctypes.Array[ctypes.c_int64]) -> None:
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         launched = driver.cuLaunchKernel(
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointer), 0
         )

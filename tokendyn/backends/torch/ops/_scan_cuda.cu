@@ -650,10 +650,13 @@ struct TileSums {
 extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_constant__ Args p) {
     extern __shared__ float4 memory[];
     BackwardShared& s = *(BackwardShared*)memory;
-    // Blocks number themselves as they begin, so that one which waits for its neighbour knows that this one runs.
-    if (threadIdx.x == 0) s.index = (int)atomicAdd((unsigned*)p.counters, 1u);
-    __syncthreads();
-    Block block(p, s.index);
+    int index = blockIdx.x;
+    if (p.chain > 1) {  // blocks number themselves as they begin, so that one which waits for another knows that it runs
+        if (threadIdx.x == 0) s.index = (int)atomicAdd((unsigned*)p.counters, 1u);
+        __syncthreads();
+        index = s.index;
+    }
+    Block block(p, index);
     Lane lane(block);
     load_rows(s.rows, p, block);
     float A[4], e[4], dA[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -883,4 +886,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             ((float*)target)[at + threadIdx.x] = sum;
         }
     }
+}
+
+// Adds up what blocks have left of a parameter's gradient: out[o, k] = sum over p of in[o, p, k], `next` floats from one p
+// to the next. The sums of all parameters are made in one launch; the first blocks work on the first.
+struct Sum {
+    i64 in, out, outer, parts, inner, next, element;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_constant__ Args p) {
+    const Sum* sum = (const Sum*)&p.sums;
+    i64 block = blockIdx.x;
+    while (block >= (sum->outer * sum->inner + THREADS - 1) / THREADS) block -= (sum->outer * sum->inner + THREADS - 1) / THREADS, sum++;
+    i64 index = block * THREADS + threadIdx.x;
+    if (index >= sum->outer * sum->inner) return;
+    const float* from = (const float*)sum->in + index / sum->inner * sum->parts * sum->next + index % sum->inner;
+    float total = 0.0f;
+#pragma unroll 8
+    for (i64 part = 0; part < sum->parts; part++) total += from[part * sum->next];
+#if ELEMENT != 0
+    if (sum->element) {
+        ((element*)sum->out)[index] = narrow(total);
+        return;
+    }
+#endif
+    ((float*)sum->out)[index] = total;
 }

@@ -1,4 +1,8 @@
-"""A scan engine's launches as a pair of operators that torch.compile and autograd know."""
+"""A scan engine's launches as something that autograd and torch.compile know.
+
+Called eagerly they are an autograd function. While torch.compile traces they are a pair of registered operators, which
+it need not look into; called eagerly those would cost several times as much time on the host.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ import torch
 
 
 def register(
-    name: str,
+    engine: str,
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]],
     backward: Callable[..., tuple[torch.Tensor | None, ...]],
     states_shape: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[int, ...]],
 ) -> Callable[..., Any]:
-    """Register ``tokendyn::NAME`` and ``tokendyn::NAME_backward``; return what an engine's ``run`` is.
+    """Register ``tokendyn::selective_scan_ENGINE`` and ``..._backward``; return what an engine's ``run`` is.
 
     ``forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, lengths, delta_softplus,
     return_last_state, keep_states)`` gives y, the last state, and states for the backward pass of ``states_shape(u, A,
@@ -23,7 +27,7 @@ def register(
     A, B, C, D, z, delta_bias, initial_state, None where there are none. A is (d, N) or (d, 1), B and C (b, G, N, L).
     """
 
-    @torch.library.custom_op(f"tokendyn::{name}", mutates_args=())
+    @torch.library.custom_op(f"tokendyn::selective_scan_{engine}", mutates_args=())
     def scan(
         u: torch.Tensor,
         delta: torch.Tensor,
@@ -56,7 +60,7 @@ def register(
         floats = {"dtype": torch.float32}
         return torch.empty_like(u), u.new_empty(last, **floats), u.new_empty(states, **floats)
 
-    @torch.library.custom_op(f"tokendyn::{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"tokendyn::selective_scan_{engine}_backward", mutates_args=())
     def scan_backward(
         dy: torch.Tensor,
         dlast: torch.Tensor | None,
@@ -93,14 +97,9 @@ def register(
             u.new_empty(initial, dtype=torch.float32),
         ]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, lengths, ctx.delta_softplus, ctx.last, _ = inputs
-        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        ctx.save_for_backward(output[2], u, delta, A, B, C, D, z, delta_bias, seq_idx, lengths)
-
-    def differentiate(ctx: Any, dy: torch.Tensor | None, dlast: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    def differentiate(ctx: Any, run_backward: Callable[..., Any], dy: Any, dlast: Any) -> tuple[Any, ...]:
         states, u, delta, A, B, C, D, z, delta_bias, seq_idx, lengths = ctx.saved_tensors
-        du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = scan_backward(
+        du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = run_backward(
             torch.zeros_like(u) if dy is None else dy, dlast if ctx.last else None, states,
             u, delta, A, B, C, D, z, delta_bias, seq_idx, lengths, ctx.delta_softplus, ctx.initial_dtype is not None,
         )  # fmt: skip
@@ -113,7 +112,45 @@ def register(
             *[None] * 5,
         )  # fmt: skip
 
-    scan.register_autograd(differentiate, setup_context=save)  # type: ignore[attr-defined]
+    def save(ctx: Any, inputs: tuple[Any, ...], states: torch.Tensor | None) -> None:
+        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, lengths, ctx.delta_softplus, ctx.last, _ = inputs
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        ctx.save_for_backward(states, u, delta, A, B, C, D, z, delta_bias, seq_idx, lengths)
+
+    scan.register_autograd(  # type: ignore[attr-defined]
+        lambda ctx, dy, dlast, _: differentiate(ctx, scan_backward, dy, dlast),
+        setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[2]),
+    )
+
+    class Gradients(torch.autograd.Function):
+        """The backward pass where its results might be differentiated again, which is refused then."""
+
+        @staticmethod
+        def forward(ctx: Any, of: Any, dy: torch.Tensor | None, dlast: torch.Tensor | None, *saved: Any) -> Any:
+            return differentiate(of, backward, dy, dlast)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise NotImplementedError(
+                f"the engine {engine!r} of selective_scan has no second derivatives; ask for them with engine='plain'"
+            )
+
+    class Scan(torch.autograd.Function):
+        """The same for eager calls."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            ctx.set_materialize_grads(False)
+            y, last, states = forward(*inputs)
+            save(ctx, inputs, states)
+            return y, last
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+            dy, dlast = gradients
+            if torch.is_grad_enabled():
+                return Gradients.apply(ctx, dy, dlast, *ctx.saved_tensors)
+            return differentiate(ctx, backward, dy, dlast)
 
     def run(
         u: torch.Tensor,
@@ -136,10 +173,16 @@ def register(
             B, C = B.unsqueeze(1), C.unsqueeze(1)
         differentiable = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-        y, last_state, _ = scan(
+        inputs = (
             u, delta, A.reshape(A.shape[0], -1), B, C, D, z, delta_bias, initial_state, seq_idx, lengths,
             delta_softplus, return_last_state, keep_states,
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            y, last_state, _ = scan(*inputs)
+        elif keep_states:
+            y, last_state = Scan.apply(*inputs)  # type: ignore[misc]
+        else:
+            y, last_state, _ = forward(*inputs)
         return (y, last_state) if return_last_state else y
 
     return run

@@ -37,4 +37,4 @@ def _backward(
     )  # fmt: skip
 
 
-run = register("selective_scan_triton", _forward, _backward, launch.states_shape)
+run = register("triton", _forward, _backward, launch.states_shape)
