@@ -14,7 +14,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from tokendyn.experiments._statistics import paired, summary
 
 FOLDER = Path(__file__).parent / "_measured"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -87,7 +90,87 @@ def scan() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in (demo_imagenet, demo_wikitext103, scan)}
+def _spectrum() -> tuple[dict[str, Any], dict[str, Any]]:
+    files = (FOLDER / "spectrum" / name for name in ("result.json", "curves.json"))
+    result, curves = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    return result["arms"], curves
+
+
+def spectrum() -> str:
+    arms, curves = _spectrum()
+    header = ["arm", "perplexity", "bits a byte", "word perplexity", "zero-shot word perplexity", "loss in training"]
+    rows = [
+        [
+            f"`{name}`",
+            spread(arm["held_out"]["perplexity"], 1),
+            spread(arm["held_out"]["bits_per_byte"], 4),
+            spread(arm["held_out"]["word_perplexity"], 0),
+            spread(arm["held_out"]["zero_shot_word_perplexity"], 1),
+            spread(summary([run["training_loss"] for run in curves["arms"][name]]), 3),
+        ]
+        for name, arm in arms.items()
+    ]
+    return table(header, rows)
+
+
+def spectrum_differences() -> str:
+    """Pairs of arms in groups: signs at one scale, scales at one sign, and everything beside free."""
+    arms, _ = _spectrum()
+    groups = {
+        "signs, as published": (("negative", "mixed"), ("mixed", "positive")),
+        "signs, all at 1.39": (("negative", "mixed_matched"), ("mixed_matched", "positive"), ("negative", "positive")),
+        "signs, all at 0.69": (
+            *(("negative_paper", "mixed"), ("mixed", "positive_paper"), ("negative_paper", "positive_paper")),
+        ),
+        "1.39 against 0.69": (
+            *(("negative", "negative_paper"), ("mixed_matched", "mixed"), ("positive", "positive_paper")),
+        ),
+        "against free": tuple((name, "free") for name in arms if name != "free"),
+    }
+    rows = []
+    for group, pairs in groups.items():
+        for place, (one, other) in enumerate(pairs):
+            differences = (
+                paired(*(arms[name]["held_out"][key]["values"] for name in (one, other)))
+                for key in ("loss", "zero_shot_loss")
+            )
+            shown = (interval(difference, 3) for difference in differences)
+            rows.append(["" if place else group, f"`{one}` − `{other}`", *shown])
+    return table(["", "difference", "held-out loss, nats a token", "zero-shot"], rows)
+
+
+def spectrum_blocks() -> str:
+    arms, curves = _spectrum()
+    rows = []
+    for name, arm in arms.items():
+        runs, layers = curves["arms"][name], [list(blocks["layers"].values()) for blocks in arm["blocks"]]
+        pairs = [layer["positive_pairs"] for of_run in layers for layer in of_run]
+        first, second, last = (
+            fmean(run["positive_pairs"][step] for run in runs) for step in (0, 1, len(curves["steps"]) - 1)
+        )
+        largest = (fmean(run["largest_eigenvalue"][step] for run in runs) for step in (0, -1))
+        own = fmean(layer["positive_self"] for of_run in layers for layer in of_run)
+        norms = {key: [blocks[key] for blocks in arm["blocks"]] for key in ("norms", "norms_ode")}
+        rows.append(
+            [
+                f"`{name}`",
+                " → ".join(f"{value:.2f}" for value in largest),
+                f"{100 * own:.0f} %",
+                f"{100 * first:.0f} → {100 * second:.0f} → {100 * last:.0f} %",
+                f"{100 * min(pairs):.1f} to {100 * max(pairs):.1f} %",
+                f"{fmean(run[2] for run in norms['norms']):.2f}",
+                spread(summary([run[-1] for run in norms["norms"]]), 2),
+                spread(summary([run[-1] for run in norms["norms_ode"]]), 1),
+            ]
+        )
+    header = ["arm", "largest magnitude", "own sign", "pairs", "pairs, by layer and seed"]
+    return table([*header, "norm after 2", "norm after 12", "predicted"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (demo_imagenet, demo_wikitext103, scan, spectrum, spectrum_differences, spectrum_blocks)
+}
 
 
 def take(name: str, run: Path) -> None:

@@ -101,9 +101,10 @@ def test_study_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
     page = (out / "report.md").read_text()
     assert page.count("\n| ") > 6
-    assert "figures/study.png" in page
-    with Image.open(out / "figures" / "study.png") as image:
-        assert image.width > 1000
+    for name in ("study", "layers"):
+        assert f"figures/{name}.png" in page
+        with Image.open(out / "figures" / f"{name}.png") as image:
+            assert image.width > 1000
 
     before = {place: place.read_bytes() for place in out.rglob("*.json*") if place.name != "environment.json"}
     assert main([*given, "--n-head", "2", "--resume", "auto"]) == 0
