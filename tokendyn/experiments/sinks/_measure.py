@@ -113,15 +113,17 @@ def explain(rows: list[Row], quantity: str = "sink", draws: int = 1000) -> dict[
     for name in EXPLANATIONS:
         value = _matrix(rows, layers, lambda row, name=name: row.values[name])
         a, b = _ranks(value), _ranks(target)
-        observed = _correlation(a, b)
-        resampled = [_correlation(a[:, draw], b[:, draw]) for draw in rng.integers(count, size=(draws, count))]
-        permuted = [_correlation(a[:, rng.permutation(count)], b) for _ in range(draws)]
+        observed = float(_correlation(a, b))
+        draw = rng.integers(count, size=(draws, count))
+        resampled = _correlation(a[:, draw], b[:, draw])
+        shuffled = np.stack([rng.permutation(count) for _ in range(draws)])
+        permuted = _correlation(a[:, shuffled], b[:, None])
         means = (_ranks(value.mean(1)[None]), _ranks(target.mean(1)[None]))
         found[name] = {
             "correlation": observed,
             "interval": [float(v) for v in np.quantile(resampled, [0.025, 0.975])],
             "p": float((1 + np.sum(np.abs(permuted) >= abs(observed))) / (1 + draws)),
-            "between_layers": _correlation(*means) if len(layers) > 2 else None,
+            "between_layers": float(_correlation(*means)) if len(layers) > 2 else None,
         }
     worst = 0.0
     for place, name in enumerate(sorted(found, key=lambda name: found[name]["p"])):
@@ -143,8 +145,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return rankdata(values, axis=1)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over rows of Pearson's correlation of ranks."""
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return float(np.mean((a * b).sum(1)[size > 0] / size[size > 0])) if (size > 0).any() else 0.0
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean over layers, the first axis, of Pearson's correlation of ranks over sequences, the last; those that are
+    constant in a layer are left out, 0 where all are."""
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    known = size > 0
+    each = np.where(known, (a * b).sum(-1) / np.where(known, size, 1.0), 0.0)
+    return each.sum(0) / np.maximum(known.sum(0), 1)
