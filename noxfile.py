@@ -22,8 +22,10 @@ nox.options.sessions = ["lint", "types", "docs", "tests", "equivalence", "equiva
 
 ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
-#: Triton's interpreter runs the GPU kernels' logic on a CPU; torch's CPU build does not bring Triton.
-INTERPRETER = "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+#: What torch's CUDA builds bring and its CPU build does not: Triton, whose interpreter runs kernels on a CPU, and NVIDIA's
+#: run-time compiler, which needs no GPU.
+_WHERE = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+GPU_COMPILERS = [f"{name}; {_WHERE}" for name in ("triton", "cuda-bindings", "nvidia-cuda-nvrtc")]
 IN_PARALLEL = ("-n", "2", "--dist")
 ELSEWHERE = ("--ignore=tests/equivalence", "--ignore=tests/equivalence_selftest")  # sessions of their own
 
@@ -37,14 +39,14 @@ def shared_python(session: nox.Session) -> str:
         return str(python)
     wanted = hashlib.sha256(
         b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-        + f"{INTERPRETER} {sys.version}".encode()
+        + f"{GPU_COMPILERS} {sys.version}".encode()
     ).hexdigest()
     stamp = root / "tokendyn-stamp"
     if not (stamp.is_file() and stamp.read_text() == wanted):
         shutil.rmtree(root, ignore_errors=True)
         venv.create(root, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        session.run(*pip, "-c", "constraints.txt", "-e", ".[all]", INTERPRETER, external=True)
+        session.run(*pip, "-c", "constraints.txt", "-e", ".[all]", *GPU_COMPILERS, external=True)
         stamp.write_text(wanted)
     return str(python)
 

@@ -36,7 +36,7 @@ def compile_source(source: str, options: Sequence[str], capability: tuple[int, i
         if int(nvrtc.nvrtcCompileProgram(program, len(words), [word.encode() for word in words])[0]) != 0:
             log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "reading the compiler's log")
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"a CUDA source does not compile with {' '.join(words)}:\n{log.decode()}")
+            raise RuntimeError(f"a CUDA source does not compile with {' '.join(words)}:\n{log.decode().rstrip(chr(0))}")
         code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "reading machine code")
         _check(nvrtc.nvrtcGetCUBIN(program, code), "reading machine code")
         return code
