@@ -22,8 +22,8 @@ nox.options.sessions = ["lint", "types", "docs", "tests", "equivalence", "equiva
 
 ROOT = Path(__file__).parent
 SHARED = ROOT / ".nox" / "shared"
-#: What torch's CUDA builds bring and its CPU build does not: Triton, whose interpreter runs kernels on a CPU, and NVIDIA's
-#: run-time compiler, which needs no GPU.
+#: What torch's CUDA builds bring and its CPU build does not: Triton, whose interpreter runs kernels on a CPU, and
+#: NVIDIA's run-time compiler, which needs no GPU.
 _WHERE = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 GPU_COMPILERS = [f"{name}; {_WHERE}" for name in ("triton", "cuda-bindings", "nvidia-cuda-nvrtc")]
 IN_PARALLEL = ("-n", "2", "--dist")

@@ -1,4 +1,4 @@
-"""The CUDA kernels are compiled for an A100 and an H100, without one, and fit into their shared memory and registers."""
+"""The CUDA kernels are compiled for an A100 and an H100, without one, and fit into their shared memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-triton = pytest.importorskip("triton")  # its wheel has the tool that reads machine code
+pytest.importorskip("triton")  # its wheel has the tool that reads machine code
 pytest.importorskip("cuda.bindings.nvrtc")
 
 # isort: split
+import triton
+
 from tokendyn.backends.torch.ops import _nvrtc, _scan_cuda
 
 try:
