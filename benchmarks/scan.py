@@ -40,7 +40,7 @@ OTHERS = [
     ("b8 d1536 L2048 N16", torch.bfloat16, False, True),
     ("b8 d1536 L2048 N16", torch.bfloat16, True, True),
 ]
-ENGINES = ("triton", "mamba_ssm")
+ENGINES = ("cuda", "triton", "mamba_ssm")
 
 
 def arguments(shape, dtype, scalar, channels_last):
@@ -247,11 +247,11 @@ def main() -> None:
                 flush=True,
             )
         if all(engine in case["engines"] for engine in ENGINES):
-            ours, theirs = (case["engines"][engine] for engine in ENGINES)
+            ours, theirs = (case["engines"][engine] for engine in ("cuda", "mamba_ssm"))
             case["ratio"] = {key: theirs[key] / ours[key] for key in ours if key != "bytes"}
             r = case["ratio"]
             print(
-                f"{label} | mamba_ssm / triton | {r['forward eager']:.2f}, {r['forward graph']:.2f} | "
+                f"{label} | mamba_ssm / cuda | {r['forward eager']:.2f}, {r['forward graph']:.2f} | "
                 f"{r['both eager']:.2f}, {r['both graph']:.2f} | floor {case['floor']['forward']:.3f}, "
                 f"{case['floor']['both']:.3f} ms",
                 flush=True,
