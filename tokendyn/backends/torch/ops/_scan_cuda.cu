@@ -609,7 +609,7 @@ struct BackwardShared {
     float ungated[TOKENS];
 #endif
     float B[CHUNK * STATE_PITCH], C[CHUNK * STATE_PITCH];
-    float4 starts[CHUNK / TILE * THREADS];  // every thread's state before every tile
+    float4 starts[CHUNK / TILE * THREADS];  // every thread's state before every tile, then the tile's dB and dC
     float sums[2][WARPS * SUMS];
     int resets[CHUNK];
     Rows rows;
@@ -617,35 +617,35 @@ struct BackwardShared {
 };
 static_assert(sizeof(BackwardShared) == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
 
-// Sums of dB and dC over a block's channels for one tile of tokens, from every warp's: added to `part`, or put there.
-struct TileSums {
-    static constexpr int count = (2 * TILE * STATE + THREADS - 1) / THREADS;
-    float* to[count];
-    float sum[count];
-    int at[count];
-
-    __device__ __forceinline__ TileSums(const Args& p, float* part, bool put, int start) {
+// dB and dC of one tile over a block's channels are 2 x STATE x TILE sums, dealt to threads by number.
+#define TILE_SUMS (2 * STATE * TILE)
+__device__ __forceinline__ void add_warps(float* to, const float* sums) {
 #pragma unroll
-        for (int i = 0; i < count; i++) {
-            int index = threadIdx.x + i * THREADS, t = index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
-            bool exists = which < 2 && n < p.state && start + t < p.length;
-            to[i] = exists ? part + (which * p.state + n) * p.length + start + t : nullptr;
-            at[i] = (which * TILE + t) * SUM_PITCH + n;
-            sum[i] = put || !exists ? 0.0f : *(volatile float*)to[i];
-        }
+    for (int i = 0; i < TILE_SUMS; i += THREADS) {
+        int index = i + threadIdx.x;
+        if (index >= TILE_SUMS) break;
+        int t = index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
+        float sum = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++)
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++)
+                sum += sums[warp * SUMS + (which * TILE + t) * SUM_PITCH + group * STATE + n];
+        to[index] = sum;
     }
-    __device__ __forceinline__ void add(const float* sums) {
+}
+// Adds a chunk's sums to `part`, or puts them there.
+__device__ __forceinline__ void add_to_part(const float4* starts, const Args& p, float* part, bool put, int begin) {
 #pragma unroll
-        for (int i = 0; i < count; i++) {
-            if (!to[i]) continue;
-#pragma unroll
-            for (int warp = 0; warp < WARPS; warp++)
-#pragma unroll
-                for (int group = 0; group < GROUPS; group++) sum[i] += sums[warp * SUMS + at[i] + group * STATE];
-            *to[i] = sum[i];
-        }
+    for (int i = 0; i < CHUNK / TILE * TILE_SUMS; i += THREADS) {
+        int index = (i + threadIdx.x) % TILE_SUMS, tile = (i + threadIdx.x) / TILE_SUMS;
+        int t = begin + tile * TILE + index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
+        if (n >= p.state || t >= p.length) continue;
+        float* to = part + (which * p.state + n) * p.length + t;
+        float sum = ((const float*)(starts + tile * THREADS))[index];
+        *to = put ? sum : *(volatile float*)to + sum;
     }
-};
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_constant__ Args p) {
     extern __shared__ float4 memory[];
@@ -703,8 +703,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             matrices.deal(s.B, s.C, block, begin);
             load_resets(s.resets, p, block, begin, CHUNK);
         }
-        if (chained && threadIdx.x == 0)
-            while (read_flag(flags + chunk) != (unsigned)chained) {}
         __syncthreads();
 
         for (int t = 0; t < CHUNK; t += 4) {
@@ -726,7 +724,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
 
         for (int t = CHUNK - TILE; t >= 0; t -= TILE) {
             if (begin + t >= block.last) continue;  // the same in all threads
-            TileSums tile(p, part, chained == 0, begin + t);
             float4 v = s.starts[t / TILE * THREADS + threadIdx.x];
             float decay[TILE][4], before[TILE + 1][4];
             before[0][0] = v.x, before[0][1] = v.y, before[0][2] = v.z, before[0][3] = v.w;
@@ -810,15 +807,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             for (int k = 0; k < 4; k++)
                 *(float4*)(sums + (k / 2 * TILE + k % 2) * SUM_PITCH) = make_float4(products[0][k], products[1][k], products[2][k], products[3][k]);
             __syncthreads();
-            tile.add(buffer);
+            add_warps((float*)(s.starts + t / TILE * THREADS), buffer);  // nobody needs this tile's start any more
         }
-        if (p.chain > 1) {
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
-        } else {
-            __syncthreads();
-        }
+        __syncthreads();
 
         View u = VIEW(u), delta = VIEW(delta), z = VIEW(z), dy = VIEW(dy), du = VIEW(du), ddelta = VIEW(ddelta), dz = VIEW(dz);
 #pragma unroll
@@ -861,6 +852,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
 #if GATED
             dz.store(out_z, start, block.rows, block.last);
 #endif
+        }
+        if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
+            if (threadIdx.x == 0)
+                while (read_flag(flags + chunk) != (unsigned)chained) {}
+            __syncthreads();
+        }
+        add_to_part(s.starts, p, part, chained == 0, begin);
+        if (p.chain > 1) {
+            __threadfence();
+            __syncthreads();
+            if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
         }
     }
     if (p.dfirst && block.segment == 0) store_given_state(p.dfirst, e, p, block, lane);
