@@ -71,11 +71,11 @@ def demo_wikitext103() -> str:
     return table(header, rows)
 
 
-def scan() -> str:
-    measured = json.loads((BENCHMARKS / "scan.json").read_text(encoding="utf-8"))
+def _scan(file: str, engine: str, compiler: str) -> str:
+    measured = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
     rows = []
     for case in measured["cases"]:
-        ours, theirs = case["engines"]["triton"], case["engines"]["mamba_ssm"]
+        ours, theirs = case["engines"][engine], case["engines"]["mamba_ssm"]
         cells = []
         for key in ("forward graph", "both graph"):
             cells.append(f"{ours[key]:.3f} / {theirs[key]:.3f} ({case['ratio'][key]:.2f})")
@@ -85,9 +85,17 @@ def scan() -> str:
     return (
         table(header, rows)
         + f"\nOurs / mamba-ssm's, and in brackets how many times faster ours is. {measured['machine']}, "
-        + f"torch {versions['torch']}, Triton {versions['triton']}, mamba-ssm {versions['mamba_ssm']}, CUDA graphs "
+        + f"torch {versions['torch']}, {compiler} {versions[compiler]}, mamba-ssm {versions['mamba_ssm']}, CUDA graphs "
         + "replayed, medians.\n"
     )
+
+
+def scan() -> str:
+    return _scan("scan_cuda.json", "cuda", "cuda-bindings")
+
+
+def scan_triton() -> str:
+    return _scan("scan.json", "triton", "triton")
 
 
 def _spectrum() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,7 +177,7 @@ def spectrum_blocks() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
-    for make in (demo_imagenet, demo_wikitext103, scan, spectrum, spectrum_differences, spectrum_blocks)
+    for make in (demo_imagenet, demo_wikitext103, scan, scan_triton, spectrum, spectrum_differences, spectrum_blocks)
 }
 
 
