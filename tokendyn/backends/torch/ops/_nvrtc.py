@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver, nvrtc  # type: ignore  # compiled modules without types
 
 
 def _check(outcome: tuple[Any, ...], what: str) -> Any:
