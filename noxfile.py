@@ -103,7 +103,10 @@ def linkcheck(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def vision(session: nox.Session) -> None:
-    """The recipe at full scale with timm and torchvision, in an environment of its own: gigabytes to install."""
+    """The recipe at full scale with timm and torchvision, in an environment of its own: gigabytes to install.
+
+    Its torch is newer than the constraints': torchvision's and timm's wheels do not load beside that CPU build.
+    """
     root = ROOT / ".nox" / "vision"
     python = root / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists():

@@ -15,9 +15,13 @@ from tokendyn.errors import EngineError, OptionError
 FRAMES, SECONDS = 120, 8.0
 
 
-def _figure() -> Any:
+def require_matplotlib() -> None:
+    """Raise an EngineError, before any work, where nothing can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise EngineError("drawing needs matplotlib; run: pip install 'tokendyn[experiments]'")
+
+
+def _figure() -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6, 4.5), layout="constrained")

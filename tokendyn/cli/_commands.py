@@ -15,6 +15,7 @@ import numpy as np
 from tokendyn import Trajectory, __version__
 from tokendyn._dispatch import current_backend, kind_of, load_backend
 from tokendyn._dynamics import as_float64
+from tokendyn.cli._animate import require_matplotlib, save_animation, save_plot
 from tokendyn.cli._tables import regime_json, regime_table, sphere_json, sphere_table, trajectory_json, trajectory_table
 from tokendyn.errors import DataError, OptionError
 
@@ -46,6 +47,7 @@ def run(arguments: list[str]) -> int:
     if fixed is not None and chosen not in ("numpy", fixed):
         print(f"tokendyn {arguments[0]}: runs on {fixed}, though {chosen} is chosen", file=sys.stderr)
     if arguments[:1] == ["figures"]:
+        require_matplotlib()
         from tokendyn.experiments.figures._command import main
 
         return main(arguments[1:], prog="tokendyn figures")
@@ -196,6 +198,8 @@ def _classify(problem: dict[str, Any], options: argparse.Namespace) -> int:
 def _simulate(problem: dict[str, Any], options: argparse.Namespace, chosen: str) -> int:
     from tokendyn import simulate, simulate_sphere
 
+    if options.plot or options.animate:
+        require_matplotlib()
     asked: dict[str, Any] = {"t_end": options.t_end, "rtol": options.rtol}
     if chosen != "numpy" and options.t_end > 0:  # NumPy's integrator returns its own steps, these return what is asked
         asked["times"] = np.minimum(np.expm1(np.linspace(0, np.log1p(options.t_end), _TIMES)), options.t_end)
@@ -208,13 +212,9 @@ def _simulate(problem: dict[str, Any], options: argparse.Namespace, chosen: str)
     if times is not None and (options.plot or options.animate):  # pictures want more points than were asked for
         drawn = _as_numpy(function(**problem, **asked))
     if options.plot:
-        from tokendyn.cli._animate import save_plot
-
         save_plot(drawn, options.plot)
         print(f"drawn: {options.plot}", file=sys.stderr)
     if options.animate:
-        from tokendyn.cli._animate import save_animation
-
         save_animation(drawn, options.animate)
         print(f"drawn: {options.animate}", file=sys.stderr)
     return 0

@@ -49,6 +49,8 @@ def run(arguments: list[str]) -> int:
         print(found)
     if options.out is not None:
         print(f"written: {found.save(options.out) / 'report.html'}", file=sys.stderr)
+    elif not options.json:
+        print("a page with all of it and its figures: --out FOLDER", file=sys.stderr)
     return 0
 
 

@@ -78,7 +78,7 @@ def _line(regime: Regime) -> list[str]:
     cause = "S_Δ = 0" if s_delta == 0 else f"S_Δ x_{first + 1} = {s_delta * x0[first]:.4g} > 0"
     parts = [
         f"Regime: fast divergence (Theorem 4.4), since μ = {mu:.4g} > 0 and {cause}: tokens from {first + 1} on go to "
-        f"infinity in finite time, the first of them before t = {bound:.6g}, like {law}."
+        f"infinity in finite time, the earliest of them before t = {bound:.6g}, like {law}."
     ]
     if first:
         parts.append(

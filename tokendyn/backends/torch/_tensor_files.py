@@ -64,7 +64,9 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.torch
     except ImportError as cause:
-        raise BackendMissing("weights are read and written with safetensors; run: pip install safetensors") from cause
+        raise BackendMissing(
+            "weights are read and written with safetensors; run: pip install 'tokendyn[experiments]'"
+        ) from cause
     return safetensors
 
 
