@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokendyn.errors import NonFiniteError, TokendynError
 
@@ -120,6 +120,15 @@ def print_json(value: object) -> None:
     """Print ``value`` as indented JSON, short lists on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     print(re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + re.sub(r"\s*\n\s*", " ", found[1]) + "]", text))
+
+
+def print_config(preset: str, config: Any, **resolved: object) -> None:
+    """What a run would do: the configuration, and what its words for arms stand for."""
+    from tokendyn.experiments._config import to_json
+
+    shown = to_json(config)
+    del shown["run"]["print_config"]
+    print_json({"preset": preset, **shown, **resolved})
 
 
 def _split_preset(arguments: list[str], default: str) -> tuple[str, list[str]]:

@@ -126,6 +126,16 @@ def expect_within(config: Any, smallest: float, largest: float, *names: str) -> 
             raise OptionError(f"{flag(name)} is {value}, expected {smallest} to {largest}")
 
 
+def expect_arms_and_seeds(config: Any) -> None:
+    """A study has arms and seeds, each once, and seeds that every generator takes."""
+    for name in ("arms", "seeds"):
+        values = getattr(config, name)
+        if not values or len(set(values)) != len(values):
+            raise OptionError(f"--{name} is {' '.join(map(str, values)) or 'empty'}, expected one or more, each once")
+    if min(config.seeds) < 0 or max(config.seeds) >= 2**63:
+        raise OptionError(f"--seeds is {' '.join(map(str, config.seeds))}, expected 0 to 2^63 - 1")
+
+
 def flag(name: str) -> str:
     """The command line's flag of a field."""
     return "--" + name.replace("_", "-")

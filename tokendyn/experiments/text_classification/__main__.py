@@ -29,11 +29,7 @@ def command(arguments: list[str]) -> None:
 
     preset, config = _cli.parse(arguments, PRESETS, default="demo", prog=PROG, description=DESCRIPTION)
     if config.run.print_config:
-        from tokendyn.experiments._config import to_json
-
-        shown = to_json(config)
-        del shown["run"]["print_config"]
-        _cli.print_json({"preset": preset, **shown, "orders": config.orders()})
+        _cli.print_config(preset, config, orders=config.orders())
         return
     from tokendyn.experiments.text_classification._run import run_text_classification
 

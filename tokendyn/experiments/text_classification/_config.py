@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokendyn.errors import OptionError
 from tokendyn.experiments._config import (
     ComputeConfig,
     RunConfig,
     TrainConfig,
+    expect_arms_and_seeds,
     expect_at_least,
     expect_within,
     to_json,
@@ -75,14 +75,7 @@ class TextConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("arms", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise OptionError(
-                    f"--{name} is {' '.join(map(str, values)) or 'empty'}, expected one or more, each once"
-                )
-        if min(self.seeds) < 0 or max(self.seeds) >= 2**63:
-            raise OptionError(f"--seeds is {' '.join(map(str, self.seeds))}, expected 0 to 2^63 - 1")
+        expect_arms_and_seeds(self)
         self.orders()
 
     def orders(self) -> dict[str, Any]:

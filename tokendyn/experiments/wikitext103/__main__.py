@@ -29,11 +29,7 @@ def command(arguments: list[str]) -> None:
 
     preset, config = _cli.parse(arguments, PRESETS, default="demo", prog=PROG, description=DESCRIPTION)
     if config.run.print_config:
-        from tokendyn.experiments._config import to_json
-
-        shown = to_json(config)
-        del shown["run"]["print_config"]
-        _cli.print_json({"preset": preset, **shown, "models": config.models()})
+        _cli.print_config(preset, config, models=config.models())
         return
     from tokendyn.experiments.wikitext103._run import run_wikitext103
 

@@ -11,6 +11,7 @@ from tokendyn.experiments._config import (
     ComputeConfig,
     RunConfig,
     TrainConfig,
+    expect_arms_and_seeds,
     expect_at_least,
     expect_within,
     to_json,
@@ -103,14 +104,7 @@ class LanguageConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("arms", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise OptionError(
-                    f"--{name} is {' '.join(map(str, values)) or 'empty'}, expected one or more, each once"
-                )
-        if min(self.seeds) < 0 or max(self.seeds) >= 2**63:
-            raise OptionError(f"--seeds is {' '.join(map(str, self.seeds))}, expected 0 to 2^63 - 1")
+        expect_arms_and_seeds(self)
         self.models()
 
     def models(self) -> dict[str, Any]:
