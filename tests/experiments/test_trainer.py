@@ -22,7 +22,7 @@ from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import TrainConfig
 from tokendyn.experiments._loggers import LOGGERS
-from tokendyn.experiments._optim import learning_rate, make_optimizer
+from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tokendyn.experiments._records import Records, read_records
 from tokendyn.experiments._task import Batch
 from tokendyn.experiments._trainer import load_trained, numerics, resolve_device
@@ -55,6 +55,30 @@ def test_a_run_stopped_and_continued_ends_with_the_same_bits(
     trainer(tmp_path, recorder=recorder).run()
     assert recorder.started == [("tiny, seed 3", 12, stops[-1])]
     assert contents(tmp_path) == uninterrupted
+
+
+def test_an_optimiser_continues_where_convolutions_have_their_channels_last() -> None:
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.from_numpy(np.random.default_rng(7).standard_normal((2, 3, 8, 8), np.float32))
+    optimizer = make_optimizer(model, TRAIN)
+
+    def update(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    before = update(optimizer)
+    # As a file gives them: contiguous, whatever they were.
+    kept = {name: value.contiguous().clone() for name, value in optimizer_tensors(model, optimizer).items()}
+    want = update(optimizer)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    continued = make_optimizer(model, TRAIN)
+    load_optimizer_tensors(model, continued, kept)
+    assert continued.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+    assert all(map(torch.equal, update(continued), want))
 
 
 def test_a_run_that_lost_its_newest_checkpoint_ends_with_the_same_bits(

@@ -65,7 +65,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         parameter = parameters.get(name)
         if parameter is None:
             raise CheckpointError(f"the checkpoint's optimiser holds {key_and_name}, but the model has no {name}")
-        # AdamW's fused update keeps its step count beside the parameter.
-        optimizer.state[parameter][key] = (
-            like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
-        ).clone()
+        if value.shape != parameter.shape:  # AdamW's fused update keeps its step count beside the parameter
+            optimizer.state[parameter][key] = value.to(parameter.device).clone()
+            continue
+        # Laid out in memory as the parameter is: the fused update walks over both in the order of memory.
+        held = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        optimizer.state[parameter][key] = held.copy_(like(parameter, value))
