@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from tokendyn.experiments._drawing import COLOURS, draw_band
@@ -37,10 +38,9 @@ def draw_curves(
         for module, dashes in zip(lines[0][-1].get("orders", {}), LINES, strict=False):
             with_orders = [[line for line in run if "orders" in line] for run in lines]
             steps = [line["step"] for line in with_orders[0]]
-            label = f"{arm}, {place_of(module)}"
             for panel, key in ((panels[2], "effective_tokens"), (panels[3], "variance_kept")):
                 values = [[line["orders"][module][key] for line in run] for run in with_orders]
-                draw_band(panel, steps, values, colour, dashes, label)
+                draw_band(panel, steps, values, colour, dashes, "")
     seeds = len({run.seed for run in runs})
     panels[0].set_title("Held-out accuracy, %\n" + (f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"))
     panels[0].legend(loc="lower right")
@@ -58,7 +58,10 @@ def draw_curves(
         panels[2].set_ylim(0.9, tokens * 1.12)
         ticks = [2**k for k in range(int(math.log2(tokens)) + 1)]
         panels[2].set_yticks(ticks, [str(tick) for tick in ticks])
-        panels[2].legend(loc="best", fontsize=8)
+        modules = next(line["orders"] for run in runs for line in run.metrics if line.get("orders"))
+        if len(modules) > 1:  # colours are the arms' in the first panel
+            strokes = [Line2D([], [], color="black", linestyle=dashes) for dashes in LINES]
+            panels[2].legend(strokes, map(place_of, modules), loc="lower left")
         panels[3].set_title("Variance between tokens kept\n1: all of it, 0: all tokens are alike")
         lowest = min(line.get_ydata().min() for line in panels[3].lines)  # type: ignore[union-attr]
         if lowest < 0.05:
