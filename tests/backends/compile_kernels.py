@@ -27,6 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tokendyn.backends.torch.ops import (
+    _convolution_triton,
     _permute_triton,
     _scan_triton_general,
     _scan_triton_launch,
@@ -35,7 +36,14 @@ from tokendyn.backends.torch.ops import (
     _step_triton,
 )
 
-MODULES = (_scan_triton_general, _scan_triton_scalar, _step_triton, _permute_triton, _softsort_triton_tiles)
+MODULES = (
+    _convolution_triton,
+    _scan_triton_general,
+    _scan_triton_scalar,
+    _step_triton,
+    _permute_triton,
+    _softsort_triton_tiles,
+)
 #: An A100's multiprocessors; grids depend on them, code does not.
 PROCESSORS = 108
 
@@ -115,6 +123,13 @@ def run_step(dtype: torch.dtype) -> None:
     _step_triton.launch(floats(b, d, n), x, x, floats(d, n), B, B, floats(d), x, floats(d), True)
 
 
+def run_convolution(dtype: torch.dtype) -> None:
+    b, length, d = 8, 2048, 1536
+    x, bias = floats(b, length, 2 * d, dtype=dtype)[..., :d].requires_grad_(), floats(d)
+    y = _convolution_triton.convolve_silu(x, floats(d, 4), bias)
+    y.backward(floats(b, length, d, dtype=dtype))
+
+
 def run_order(dtype: torch.dtype, *, power: int, inverse: bool = True) -> None:
     b, length, width = 128, 196, 160
     scores, x = floats(b, length, dtype=dtype), floats(b, length, width, dtype=dtype)
@@ -138,6 +153,7 @@ def calls(capability: int) -> dict[str, Callable[[], None]]:
         "scan bfloat16, scalar A": functools.partial(run_scan, bf16, scalar=True, **options),
         "softsort bfloat16": functools.partial(run_order, bf16, power=1),
         "step bfloat16": functools.partial(run_step, bf16),
+        "convolution bfloat16": functools.partial(run_convolution, bf16),
     }
     if capability == 80:
         made["scan bfloat16, general A"] = functools.partial(run_scan, bf16, scalar=False, **options)

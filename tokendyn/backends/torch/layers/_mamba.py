@@ -14,6 +14,7 @@ from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch.layers._ordering import expect_tokens
 from tokendyn.backends.torch.layers._packing import sequence_starts
 from tokendyn.backends.torch.layers._s6 import S6
+from tokendyn.backends.torch.ops._convolution import convolve_silu
 from tokendyn.errors import OptionError, ShapeError
 
 
@@ -203,7 +204,7 @@ class Mamba(S6):
         if self.conv1d is None:
             return F.silu(x)
         if seq_idx is None:
-            return F.silu(self.conv1d(x.mT)[..., : x.shape[1]]).mT
+            return convolve_silu(x, self.conv1d.weight, self.conv1d.bias)
         number = sequence_starts(seq_idx).cumsum(1)
         taps = self.conv1d.weight.squeeze(1).to(x.dtype)  # (d_inner, d_conv), the newest token's last
         out = x * taps[:, -1]

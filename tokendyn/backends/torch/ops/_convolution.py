@@ -1,0 +1,40 @@
+"""The short causal convolution of Mamba with its SiLU, channels last."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+from tokendyn.backends.torch.ops._function import transformed
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_KERNEL_TAPS = 4  # of the Triton kernel, at most
+
+
+def convolve_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``silu(Σ_k w_k ∘ x_{l-K+1+k} + bias)``: each token with the K - 1 before it, channel by channel.
+
+    Args:
+        x: (b, L, d).
+        weight: (d, 1, K), the newest token's last, as of a depthwise ``nn.Conv1d``.
+        bias: (d,) or None.
+
+    Returns:
+        (b, L, d) of x's dtype; on a GPU contiguous, by a kernel of our own. Under torch.compile, and for sums that
+        kernel does not take, the same by torch's operators.
+    """
+    taps = weight.shape[2]
+    if torch.compiler.is_compiling():  # which makes one kernel of it
+        exact = torch.promote_types(x.dtype, torch.float32)
+        padded = F.pad(x.to(exact), (0, 0, taps - 1, 0))
+        out = 0 if bias is None else bias.to(exact)
+        for k in range(taps):
+            out = out + padded[:, k : k + x.shape[1]] * weight[:, 0, k].to(exact)
+        return F.silu(out).to(x.dtype)  # type: ignore[arg-type]
+    if x.is_cuda and _HAS_TRITON and taps <= _KERNEL_TAPS and x.dtype != torch.float64 and not transformed():
+        from tokendyn.backends.torch.ops import _convolution_triton
+
+        return _convolution_triton.convolve_silu(x, weight.squeeze(1), bias)
+    return F.silu(F.conv1d(x.mT, weight, bias, padding=taps - 1, groups=x.shape[2])[..., : x.shape[1]]).mT
