@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -72,11 +73,13 @@ class ModelConfig:
     """Dropout of every branch before it is added to the residual stream."""
     head_dropout: float = 0.0
     """Dropout once, before the head."""
+    pad_vocab_size_multiple: int = 8
+    """Round the rows of the embedding up to a multiple of it: GPUs multiply by odd numbers more slowly."""
     recompute: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
 
     def __post_init__(self) -> None:
-        expect_at_least(self, 1, "d_model", "n_layer", "d_state", "n_head")
+        expect_at_least(self, 1, "d_model", "n_layer", "d_state", "n_head", "pad_vocab_size_multiple")
         expect_within(self, 0, 0.99, "dropout", "head_dropout")
 
     def options(self) -> dict[str, Any]:
@@ -249,6 +252,22 @@ def table10() -> LanguageConfig:
     """Table 10's ablations with and without a causal order (--text, --tokenizer-dir), at the size of spectrum."""
     bases = ("free", *ABLATIONS)
     return _middle(*(arm for base in bases for arm in (base, f"chunk_order_{base}".removesuffix("_free"))))
+
+
+@preset
+def orders() -> LanguageConfig:
+    """All arms of order, table6 and table10, and signs with and without norm, in one study of smaller models that see
+    their text once (--text, --tokenizer-dir): 8 blocks of width 256, 6.6 M tokens a run."""
+    arms = [arm for made in (order, table6, table10) for arm in made().arms]
+    arms += [arm for sign in ("negative", "positive") for arm in (sign, f"{sign}:norm=none")]
+    same = _middle(*dict.fromkeys(arms))
+    return dataclasses.replace(
+        same,
+        model=ModelConfig(d_model=256, n_layer=8, d_state=16, n_head=8),
+        train=dataclasses.replace(
+            same.train, steps=400, warmup=0.05, log_every=20, evaluate_every=200, checkpoint_every=400
+        ),
+    )
 
 
 @preset

@@ -328,7 +328,9 @@ class LanguageModel(nn.Module, Generic[Config]):
         return torch.cat(losses).view_as(targets)  # type: ignore[arg-type]
 
     def _losses(self, features: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(features).float(), targets, reduction="none")
+        # cross_entropy would keep a copy of half-precision logits in float32 beside their log-softmax.
+        log_p = F.log_softmax(self.lm_head(features), dim=-1, dtype=torch.float32)
+        return F.nll_loss(log_p, targets, reduction="none")
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Cache:
         """Empty states of all blocks for decoding ``batch_size`` sequences of at most ``max_seqlen`` tokens.
