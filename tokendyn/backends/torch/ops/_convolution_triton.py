@@ -18,7 +18,7 @@ CHANNELS, TOKENS, RUN = 128, 4, 128
 
 
 @triton.jit
-def token(x, l, d, length, x_l, x_d, kept):  # noqa: E741
+def token(x, l, d, length, x_l, x_d, kept):
     """x at tokens l and channels d in float32; 0 where there are none."""
     inside = ((l >= 0) & (l < length))[:, None] & kept[None, :]
     return tl.load(x + l[:, None] * x_l + d[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
@@ -30,7 +30,7 @@ def tap(weight, k: tl.constexpr, d, kept, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def taps(x, weight, bias, l, d, length, x_l, x_d, kept, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):  # noqa: E741
+def taps(x, weight, bias, l, d, length, x_l, x_d, kept, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Σ_k w_k x_{l-WIDTH+1+k} + bias, in float32."""
     total = token(x, l, d, length, x_l, x_d, kept) * tap(weight, WIDTH - 1, d, kept, WIDTH)
     for k in tl.static_range(WIDTH - 1):
@@ -60,7 +60,7 @@ def convolve(
     y += batch * length * width
     first = tl.program_id(0) % runs * RUN
     for start in range(first, tl.minimum(first + RUN, length), TOKENS):
-        l = start + tl.arange(0, TOKENS)  # noqa: E741
+        l = start + tl.arange(0, TOKENS)
         total = taps(x, weight, bias, l, d, length, x_l, x_d, kept, WIDTH, HAS_BIAS)
         tl.store(y + l[:, None] * width + d[None, :], total * tl.sigmoid(total), (l < length)[:, None] & kept[None, :])
 
@@ -85,7 +85,7 @@ def gradients(
     sum_bias = tl.zeros((TOKENS, CHANNELS), tl.float32)
     sum_0, sum_1, sum_2, sum_3 = sum_bias, sum_bias, sum_bias, sum_bias
     for start in range(first, tl.minimum(first + RUN, length), TOKENS):
-        l = start + tl.arange(0, TOKENS)  # noqa: E741
+        l = start + tl.arange(0, TOKENS)
         given = token(dy, l, d, length, dy_l, dy_d, kept)
         given *= slope(taps(x, weight, bias, l, d, length, x_l, x_d, kept, WIDTH, HAS_BIAS))
         moved = given * tap(weight, WIDTH - 1, d, kept, WIDTH)
