@@ -1,13 +1,17 @@
 """What reordering costs MambaVision-T (paper 1, Table 8): parameters, FLOPs, images a second, memory; in one run.
 
-``python benchmarks/mambavision_cost.py [--json FILE]`` prints a table and writes JSON. Models: ours without an order;
-with the published order as its public code computes it (scores, sort, a dense L x L matrix, einsum); with the same
-order as computed here (two decayed scans); the PyPI model ``mambavision`` where it is installed (it needs mamba-ssm).
-All with channels last, autocast to bfloat16 and fused AdamW; ``--compile`` adds ours under torch.compile.
+``python benchmarks/mambavision_cost.py [--compile] [--graphs] [--profile] [--json FILE]`` prints a table and writes
+JSON after every part, so a run that is cut short leaves what it measured. Models: ours without an order; with the
+published order as its public code computes it (scores, sort, a dense L x L matrix, einsum); with the same order as
+computed here; the PyPI model ``mambavision`` where it is installed (it needs mamba-ssm). All with channels last,
+autocast to bfloat16, fused AdamW and cuDNN's choice of the fastest convolution. ``--compile`` adds ours and the PyPI
+model under torch.compile, ``--graphs`` whole training steps replayed from a CUDA graph, which no time of the host
+slows; ``--profile`` where the time of a training step goes, kernel by kernel.
 
 Checked before anything is timed: both ways of ordering give the same outputs in float64, and from the PyPI model's
-weights ours gives its outputs and, over 20 training steps on the same batches, its losses. Times are medians of single
-steps by CUDA events (a clock on a CPU), of the models in turn, so that a drift of the machine hits all alike.
+weights ours gives its outputs and, over 20 training steps on the same fresh batches, its losses. A check that fails
+is reported, and the exit code is 1. Times are medians over bursts of steps in a row, by CUDA events (a clock on a
+CPU), of the models in turn, so that a drift of the machine hits all alike.
 
 FLOPs are those of one image forward, a multiply-add counted once as the paper counts it, of matrix products and
 convolutions; the selective scan, which torch cannot count, adds 9 L d N by hand.
@@ -22,13 +26,17 @@ import platform
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import command
+from gpu_timing import command, installed
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +45,10 @@ from tokendyn.backends.torch import models
 from tokendyn.backends.torch.layers._ordering import ScoreOrdering
 
 FOLLOWED_STEPS = 20
-SHARP = 2.0**12
+SHARP = (2.0**8, 2.0**12)
+BASELINE, DENSE, OURS, PUBLIC = "baseline", "published order, dense", "published order, ours", "PyPI mambavision"
+COMPILED, REPLAYED = ", compiled", ", CUDA graph"
+PROFILED_STEPS, KERNELS_SHOWN = 3, 30
 
 
 class DenseOrder:
@@ -56,7 +67,9 @@ def with_dense_order(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, ScoreOrdering):
             made = module.forward
-            module.forward = lambda x, *s, made=made, module=module: DenseOrder(made(x, *s).scores, module.tau)
+            module.forward = lambda *given, made=made, tau=module.tau, **named: DenseOrder(
+                made(*given, **named).scores, tau
+            )
     return model
 
 
@@ -67,20 +80,13 @@ def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
     published = size(order="published", parity="published", num_classes=1000)
     baseline = size(parity="published", num_classes=1000)
     baseline.load_state_dict(published.state_dict(), strict=False)
-    found = {
-        "baseline": baseline,
-        "published order, dense": with_dense_order(copy.deepcopy(published)),
-        "published order, scans": published,
-    }
+    found = {BASELINE: baseline, DENSE: with_dense_order(copy.deepcopy(published)), OURS: published}
     theirs = public_model() if options.model == "mambavision_t" else None
     if theirs is not None:
         baseline.load_state_dict(theirs.state_dict())
-        for name in ("published order, dense", "published order, scans"):
+        for name in (DENSE, OURS):
             found[name].load_state_dict(theirs.state_dict(), strict=False)
-        found["PyPI mambavision"] = theirs
-    if options.compile:
-        for name in ("baseline", "published order, scans"):
-            found[f"{name}, compiled"] = copy.deepcopy(found[name])
+        found[PUBLIC] = theirs
     return {name: model.to(options.device, memory_format=torch.channels_last) for name, model in found.items()}
 
 
@@ -94,39 +100,46 @@ def public_model() -> nn.Module | None:
     return mamba_vision_T(pretrained=False)
 
 
-def check(found: dict[str, nn.Module], images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Differences of outputs, normwise; losses over the followed steps."""
-    few, report = images[:8], {}
+def check(found: dict[str, nn.Module], images: torch.Tensor) -> dict[str, Any]:
+    """Differences of outputs, normwise; losses over the followed steps; what is not as it should be."""
+    few, report, wrong = images[:8], {}, []
     with torch.no_grad():
-        outputs = {name: model.eval()(few).double() for name, model in found.items() if "compiled" not in name}
+        outputs = {name: model.eval()(few).double() for name, model in found.items()}
         # At the start an order averages everything, however it is computed: look where it sorts, in float64.
-        for name in ("published order, scans", "published order, dense"):
+        for name in (OURS, DENSE):
             model = found[name].double()
-            outputs["averaged"] = model(few.double())
-            sharpen(model, SHARP)
-            outputs[name] = model(few.double())
-            sharpen(model, 1 / SHARP)
+            for sharpness in (1.0, *SHARP):
+                sharpen(model, sharpness)
+                outputs[f"{name}, {sharpness:g}"] = model(few.double())
+                sharpen(model, 1 / sharpness)
             model.float()
 
     def apart(one: str, other: str) -> float:
         return ((outputs[one] - outputs[other]).norm() / outputs[other].norm()).item()
 
-    report["scans against dense"] = apart("published order, scans", "published order, dense")
-    report["sorted against averaged"] = apart("published order, scans", "averaged")
-    assert report["scans against dense"] < 1e-9 < 1e-6 < report["sorted against averaged"], report
-    if "PyPI mambavision" in found:
-        report["baseline against PyPI"] = apart("baseline", "PyPI mambavision")
-        assert report["baseline against PyPI"] < 1e-4, report
+    report["ours against dense"] = max(apart(f"{OURS}, {factor:g}", f"{DENSE}, {factor:g}") for factor in (1, *SHARP))
+    report["sorted against averaged"] = min(apart(f"{OURS}, {factor:g}", f"{OURS}, 1") for factor in SHARP)
+    if not report["ours against dense"] < 1e-9 < 1e-6 < report["sorted against averaged"]:
+        wrong.append("both ways of ordering should give the same outputs, and other ones than an average")
+    if PUBLIC in found:
+        report["baseline against PyPI"] = apart(BASELINE, PUBLIC)
+        if not report["baseline against PyPI"] < 1e-4:
+            wrong.append("the baseline should give the PyPI model's outputs from its weights")
         losses = {}
-        for name in ("baseline", "PyPI mambavision"):
+        for name in (BASELINE, PUBLIC):
             model = without_drop_path(copy.deepcopy(found[name])).train()
-            step = Step(model, images, labels, bfloat16=False)
-            losses[name] = [step() for _ in range(FOLLOWED_STEPS)]
+            generator = torch.Generator(images.device).manual_seed(1)
+            step = Step(model, images.clone(), torch.zeros(len(images), dtype=torch.long, device=images.device))
+            step.bfloat16, losses[name] = False, []
+            for _ in range(FOLLOWED_STEPS):
+                step.images.normal_(generator=generator)
+                step.labels.random_(1000, generator=generator)
+                losses[name].append(step.launch().item())
         report["losses"] = losses
-        worst = max(abs(a - b) / abs(b) for a, b in zip(*losses.values(), strict=True))
-        report["losses apart"] = worst
-        assert worst < 1e-2, report
-    return report
+        report["losses apart"] = max(abs(a - b) / abs(b) for a, b in zip(*losses.values(), strict=True))
+        if not report["losses apart"] < 1e-2:
+            wrong.append(f"the baseline's loss should follow the PyPI model's over {FOLLOWED_STEPS} steps")
+    return report | {"wrong": wrong}
 
 
 def sharpen(model: nn.Module, factor: float) -> None:
@@ -147,11 +160,14 @@ def without_drop_path(model: nn.Module) -> nn.Module:
 
 
 class Step:
-    """One training step; called, it returns the loss as a number (``launch`` does not wait for it)."""
+    """One training step; ``launch`` does not wait for it."""
 
-    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, bfloat16: bool = True) -> None:
-        self.model, self.images, self.labels, self.bfloat16 = model, images, labels, bfloat16
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, weight_decay=0.05, fused=True)
+    def __init__(
+        self, model: Callable[..., Any], images: torch.Tensor, labels: torch.Tensor, *, capturable: bool = False
+    ) -> None:
+        self.model, self.images, self.labels, self.bfloat16 = model, images, labels, True
+        parameters = model.parameters()  # type: ignore[attr-defined]
+        self.optimizer = torch.optim.AdamW(parameters, lr=8e-4, weight_decay=0.05, fused=True, capturable=capturable)
 
     def launch(self) -> torch.Tensor:
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -161,14 +177,11 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def __call__(self) -> float:
-        return self.launch().item()
-
 
 class Forward:
     """One inference."""
 
-    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+    def __init__(self, model: Callable[..., Any], images: torch.Tensor) -> None:
         self.model, self.images = model, images
 
     def launch(self) -> torch.Tensor:
@@ -176,41 +189,60 @@ class Forward:
             return self.model(self.images)
 
 
-def milliseconds(call: Any, device: torch.device) -> float:
-    """One call, waited for."""
+def milliseconds(call: Callable[[], Any], device: torch.device, burst: int) -> float:
+    """One of ``burst`` calls in a row, which are waited for at the end."""
     if device.type == "cpu":
         began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
+        for _ in range(burst):
+            call()
+        return 1e3 * (time.perf_counter() - began) / burst
+    torch.cuda.synchronize(device)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call()
+    for _ in range(burst):
+        call()
     stop.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(stop)
+    return start.elapsed_time(stop) / burst
 
 
-def time_in_turn(calls: dict[str, Any], device: torch.device, repeats: int, warmup: int) -> dict[str, float]:
+def time_in_turn(
+    calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int, burst: int
+) -> dict[str, float]:
     """Median milliseconds of each call, all of them called in turn."""
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            times[name].append(milliseconds(call, device))
+            times[name].append(milliseconds(call, device, burst))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_memory(call: Any, device: torch.device) -> int | None:
-    """Bytes that one call needs beyond what is there before it."""
+def captured(call: Callable[[], Any], pool: Any) -> Callable[[], None]:
+    """``call``, which must have run before, as the replay of a CUDA graph with the memory of ``pool``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
+def training_bytes(model: nn.Module, call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that training this model alone takes at its peak: parameters, gradients, AdamW's states, and what a step
+    adds. All models stay in memory, so it is what a step adds to it, and this model's own."""
     if device.type == "cpu":
         return None
+    own = sum(parameter.numel() for parameter in model.parameters()) * 4 * 3  # gradients come with the step
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before + own
 
 
 def count_flops(model: nn.Module, image: torch.Tensor) -> float:
@@ -232,83 +264,179 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> float:
     return counter.get_total_flops() / 2 + sum(scans)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Check, measure, print."""
+def where_time_goes(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a step on the clock and of its kernels, and the costliest of these."""
+    if device.type == "cpu":
+        return {}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        for _ in range(PROFILED_STEPS):
+            call()
+        torch.cuda.synchronize(device)
+    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    per_step = 1e3 * PROFILED_STEPS
+    return {
+        "busy_ms": sum(event.self_device_time_total for event in kernels) / per_step,
+        "kernels": sum(event.count for event in kernels) / PROFILED_STEPS,
+        "costliest": [
+            {"kernel": event.key[:120], "ms": event.self_device_time_total / per_step, "calls": event.count / 3}
+            for event in kernels[:KERNELS_SHOWN]
+        ],
+    }
+
+
+class Report:
+    """The rows, written anew whenever something was added."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        device = torch.device(options.device)
+        self.file: Path = options.json
+        self.batch: int = options.batch
+        self.began = time.perf_counter()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.head: dict[str, Any] = {
+            "command": command(),
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "tokendyn": tokendyn.__version__,
+                **{name: installed(name) for name in ("triton", "timm", "mamba_ssm")},
+            },
+            "batch": options.batch,
+            "size": options.size,
+            "failed": {},
+        }
+
+    def add(self, **parts: Any) -> None:
+        self.head |= parts
+        self.head["seconds"] = time.perf_counter() - self.began
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.head | {"models": self.rows}, indent=1))
+
+    def attempt(self, what: str, call: Callable[[], Any]) -> Any:
+        """The call's result, or None where it fails: other rows are still worth having."""
+        try:
+            return call()
+        except Exception:
+            traceback.print_exc()
+            self.head["failed"][what] = traceback.format_exc(limit=-3)
+            return None
+
+    def print(self) -> None:
+        print("model | parameters | GFLOPs | forward images/s | training images/s, against PyPI | memory MB")
+        best = max((1 / row["training_ms"] for name, row in self.rows.items() if PUBLIC in name), default=None)
+        for name, row in self.rows.items():
+            forward, training = (row.get(f"{kind}_ms") for kind in ("forward", "training"))
+            cells = [
+                f"{row['parameters']:,}",
+                "-" if row["gflops"] is None else f"{row['gflops']:.2f}",
+                "-" if forward is None else f"{1e3 * self.batch / forward:,.0f}",
+                "-" if training is None else f"{1e3 * self.batch / training:,.0f}",
+            ]
+            if training is not None and best is not None:
+                cells[-1] += f", {1 / training / best:.2f} x"
+            memory = row.get("training_bytes")
+            print(" | ".join([name, *cells, "-" if memory is None else f"{memory / 1e6:,.0f}"]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, measure, print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "mambavision_cost.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default="mambavision_t", help="a function of tokendyn.torch.models")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=224, help="pixels on a side")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="measure ours under torch.compile too")
+    parser.add_argument("--repeats", type=int, default=8, help="bursts")
+    parser.add_argument("--burst", type=int, default=5, help="steps in a row")
+    parser.add_argument("--compile", action="store_true", help="measure under torch.compile too")
+    parser.add_argument("--graphs", action="store_true", help="measure training steps replayed from CUDA graphs too")
+    parser.add_argument("--profile", action="store_true", help="list the costliest kernels of a training step")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    report = Report(options)
+    rows = report.rows
 
     found = make_models(options)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size, generator=generator).to(device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (options.batch,), generator=generator).to(device)
-    checks = check(found, images, labels)
-    print(json.dumps({key: value for key, value in checks.items() if key != "losses"}))
-
-    rows: dict[str, dict[str, Any]] = {}
+    torch.backends.cudnn.allow_tf32 = False  # of float32 models, which are compared
+    checks = report.attempt("checks", lambda: check(found, images))
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    print(json.dumps({key: value for key, value in (checks or {}).items() if key != "losses"}))
     for name, model in found.items():
-        if "compiled" not in name:
-            rows[name] = {
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "gflops": count_flops(model.eval(), images[:1]) / 1e9,
-            }
-        else:
-            rows[name] = dict(rows[name.removesuffix(", compiled")])
-    called = {name: torch.compile(model) if "compiled" in name else model for name, model in found.items()}
-    forwards = {name: Forward(model, images).launch for name, model in called.items()}
-    for name, value in time_in_turn(forwards, device, options.repeats, options.warmup).items():
-        rows[name]["forward_ms"] = value
-    for model in found.values():
+        flops = report.attempt(f"{name}, FLOPs", lambda model=model: count_flops(model.eval(), images[:1]))
+        rows[name] = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "gflops": None if flops is None else flops / 1e9,
+        }
         model.train()
-    steps = {name: Step(model, images, labels).launch for name, model in called.items()}
-    for name, value in time_in_turn(steps, device, options.repeats, options.warmup).items():
-        rows[name]["training_ms"] = value
-    for name, model in called.items():
-        # All models stay in memory: what counts is what a step adds, and the model's own parameters and states.
-        own = sum(parameter.numel() for parameter in model.parameters()) * 4 * 4
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        peak = peak_memory(steps[name], device)
-        rows[name]["training_bytes"] = None if peak is None else peak - before + own
+    report.add(checks=checks)
 
-    print(
-        "model | parameters | GFLOPs | forward images/s | training images/s, against baseline | memory MB, against it"
-    )
-    for name, row in rows.items():
-        rates = [1e3 * options.batch / row[key] for key in ("forward_ms", "training_ms")]
-        slower = row["training_ms"] / rows["baseline"]["training_ms"] - 1
-        memory = "-"
-        if row["training_bytes"] is not None:
-            more = row["training_bytes"] / rows["baseline"]["training_bytes"] - 1
-            memory = f"{row['training_bytes'] / 1e6:,.0f}, {100 * more:+.1f} %"
-        print(
-            f"{name} | {row['parameters']:,} | {row['gflops']:.2f} | {rates[0]:,.0f} | {rates[1]:,.0f}, "
-            f"{100 * slower:+.1f} % time | {memory}"
-        )
-    report = {
-        "command": command(),
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "tokendyn": tokendyn.__version__,
-        },
-        "batch": options.batch,
-        "size": options.size,
-        "checks": checks,
-        "models": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1))
+    steps: dict[str, Callable[[], Any]] = {}
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def enter(name: str, model: Callable[..., Any], of: str) -> None:
+        """A row of training steps, warmed up, and with ``--graphs`` another one of its replay."""
+        call = Step(model, images, labels).launch
+        for _ in range(3):
+            call()
+        steps[name] = call
+        rows[name] = rows.get(name) or dict(list(rows[of].items())[:2])
+        rows[name]["training_bytes"] = training_bytes(found[of], call, device)
+        if options.profile and name.startswith((BASELINE, PUBLIC)):
+            rows[name]["profile"] = where_time_goes(call, device)
+        if options.graphs and of != DENSE and device.type == "cuda":
+            replayed = f"{name}{REPLAYED}"
+
+            def capture() -> None:
+                steps[replayed] = captured(Step(model, images, labels, capturable=True).launch, pool)
+                rows[replayed] = dict(list(rows[of].items())[:2])
+
+            report.attempt(replayed, capture)
+
+    def measure(kind: str, calls: dict[str, Callable[[], Any]]) -> None:
+        for name, value in time_in_turn(calls, device, options.repeats, options.burst).items():
+            rows[name][f"{kind}_ms"] = value
+        report.add()
+        report.print()
+
+    for name, model in found.items():
+        report.attempt(name, lambda name=name, model=model: enter(name, model, name))
+    measure("training", steps)
+    measure("forward", {name: Forward(model.eval(), images).launch for name, model in found.items()})
+    if options.compile:
+        for name in (BASELINE, OURS):
+            compiled = torch.compile(copy.deepcopy(found[name]).train())
+            report.attempt(
+                f"{name}{COMPILED}",
+                lambda name=name, compiled=compiled: enter(f"{name}{COMPILED}", compiled, name),
+            )
+            for model in found.values():
+                model.train()
+            measure("training", steps)
+        forwards = {name: Forward(model.eval(), images).launch for name, model in found.items()}
+        for name in (BASELINE, OURS):
+            compiled = Forward(torch.compile(copy.deepcopy(found[name]).eval()), images).launch
+            if report.attempt(f"{name}{COMPILED}, forward", compiled) is not None:
+                forwards[f"{name}{COMPILED}"] = compiled
+                rows.setdefault(f"{name}{COMPILED}", dict(list(rows[name].items())[:2]))
+        measure("forward", forwards)
+        if PUBLIC in found:
+            for model in found.values():
+                model.train()
+            compiled = torch.compile(copy.deepcopy(found[PUBLIC]).train())
+            report.attempt(f"{PUBLIC}{COMPILED}", lambda: enter(f"{PUBLIC}{COMPILED}", compiled, PUBLIC))
+            measure("training", steps)
+    wrong = (checks or {"wrong": ["the checks failed"]})["wrong"]
+    for sentence in [*wrong, *(f"{name} could not be measured" for name in report.head["failed"])]:
+        print(f"not as it should be: {sentence}", file=sys.stderr)
+    return int(bool(wrong or report.head["failed"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -78,6 +78,9 @@ class ComputeConfig:
     """Keep images with channels last in memory: faster convolutions on GPUs."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: a whole model in each process, or (FSDP2, for large models) a part."""
+    sync_batch_norm: bool = True
+    """With torchrun on GPUs: batch normalisation sees the batches of all processes, as one process would; off: each its
+    own, as the public image recipes have it."""
     deterministic: bool = True
     """Allow only algorithms that give the same bits every time, where torch has them."""
 

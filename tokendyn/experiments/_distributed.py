@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m tokendyn.experiments.imagenet ...
 
 Each process takes an equal part of every batch, and gradients are averaged, so the result is that of one process with
-the whole batch, up to rounding (batch normalisation sees the whole batch too: on GPUs it is synchronised; on CPUs torch
-has no such layer). Process 0 alone evaluates, writes and speaks.
+the whole batch, up to rounding. Batch normalisation sees the whole batch too where it is synchronised (on GPUs); else
+each process normalises its own part, and evaluation uses the mean of all statistics. Process 0 alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokendyn.errors import OptionError
+from tokendyn.experiments._config import ComputeConfig
 
 T = TypeVar("T")
 
@@ -100,16 +101,19 @@ def part_of(count: int, group: Group) -> slice:
     return slice(group.rank * each, (group.rank + 1) * each)
 
 
-def spread_model(model: nn.Module, device: torch.device, group: Group, how: str) -> tuple[nn.Module, nn.Module]:
-    """The model to keep (its parameters, its states) and the module to call, for ``how``: ``"ddp"`` or ``"fsdp"``."""
+def spread_model(
+    model: nn.Module, device: torch.device, group: Group, compute: ComputeConfig
+) -> tuple[nn.Module, nn.Module]:
+    """The model to keep (its parameters, its states) and the module to call."""
     if group.size == 1:
         return model, model
-    if device.type == "cuda":
+    if device.type == "cuda" and compute.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if how == "fsdp":
+    if compute.parallel == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
         mesh = init_device_mesh(device.type, (group.size,))
         exempt = [name for name, value in model.named_parameters() if getattr(value, "_no_weight_decay", False)]
         for module in model.modules():
@@ -121,7 +125,15 @@ def spread_model(model: nn.Module, device: torch.device, group: Group, how: str)
             if name in exempt:
                 setattr(value, "_no_weight_decay", True)  # noqa: B010
         return model, model
-    return model, nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    return model, nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
+
+
+def average_buffers(model: nn.Module, group: Group) -> None:
+    """Where each process has gathered statistics of its own batches, give all the mean over the processes."""
+    for buffer in model.buffers():
+        if group.size > 1 and buffer.is_floating_point():
+            group.sum(buffer).div_(group.size)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ class Batch:
     tensors: dict[str, Tensor]
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU reads while the host goes on; ``DataLoader`` asks for it."""
+        return Batch({name: value.pin_memory() for name, value in self.tensors.items()}, self.skipped)
+
 
 class Task(Protocol):
     """What is trained. Everything here must follow from the constructor's arguments and the step."""

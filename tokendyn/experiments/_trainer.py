@@ -29,7 +29,14 @@ from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
-from tokendyn.experiments._distributed import current_group, like, part_of, spread_model, whole
+from tokendyn.experiments._distributed import (
+    average_buffers,
+    current_group,
+    like,
+    part_of,
+    spread_model,
+    whole,
+)
 from tokendyn.experiments._faults import faulty_parameters, first_faulty_output
 from tokendyn.experiments._files import remove_unfinished, write_json, write_with
 from tokendyn.experiments._loggers import Loggers
@@ -137,7 +144,7 @@ class Trainer:
         model = _build(task, seed, initialise_like).to(self.device)
         if compute.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model, called = spread_model(model, self.device, self.group, compute.parallel)
+        self.model, called = spread_model(model, self.device, self.group, compute)
         _random.seed_everything(seed + self.group.rank)  # each part of a batch with dropout of its own
         self.optimizer = make_optimizer(self.model, train)
         self.average: AveragedModel | None = None
@@ -237,6 +244,7 @@ class Trainer:
             _Steps(self.task, self.step, self.total, self.part if self.group.size > 1 else None),
             batch_size=None,  # one item is one whole batch
             num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # or the loader would draw from the global generator
         )
@@ -361,6 +369,7 @@ class Trainer:
     def _evaluating(self) -> Iterator[nn.Module]:
         """The model that is evaluated, as an evaluation wants it."""
         model = self.evaluated_model
+        average_buffers(model, self.group)
         self._set_progress(model)
         was_training = model.training
         model.eval()
@@ -377,11 +386,13 @@ class Trainer:
 
     def _save(self) -> None:
         random_tensors, random_numbers = _random.capture(self.device)
+        average_buffers(self.model, self.group)
         tensors = {
             "model": {name: whole(value) for name, value in self.model.state_dict().items()},
             "optimizer": {name: whole(value) for name, value in optimizer_tensors(self.model, self.optimizer).items()},
         }
         if self.average is not None:
+            average_buffers(self.average, self.group)
             tensors["average"] = self.average.state_dict()
         generators = self.group.gathered((random_tensors, random_numbers))
         tensors |= {_generators_of(rank): states for rank, (states, _) in enumerate(generators)}

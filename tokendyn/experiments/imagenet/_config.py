@@ -269,7 +269,12 @@ def _table3(arms: tuple[str, ...]) -> ImageNetConfig:
             checkpoint_every=1000,
         ),
         compute=ComputeConfig(
-            threads=4, precision="bfloat16", channels_last=True, compile=True, deterministic=False, device="auto"
+            threads=4,
+            precision="bfloat16",
+            channels_last=True,
+            compile=True,
+            sync_batch_norm=False,
+            deterministic=False,
         ),
         run=RunConfig(workers=12),
     )
