@@ -131,9 +131,14 @@ MISTAKES = {
     "no file": (["classify", "--problem", "nowhere.json"], "tokendyn: nowhere.json: No such file or directory"),
     "a folder": (["classify", "--problem", str(Path(__file__).parent)], "tests: Is a directory"),
     "no text": (["classify", "--problem", str(PICTURE)], "demo.png is not JSON"),
-    "nowhere to draw": (["simulate", *FAST, "--t-end", "0.1", "--plot", "no/where.png"], "no/where.png: No such file"),
+    "nowhere to draw": (["simulate", *FAST, "--t-end", "0.1", "--plot", "no/where.png"], "no folder no; make it first"),
     "times": (["simulate", *FAST, "--t-end", "1", "--times", "2"], "rising numbers"),
-    "format": (["simulate", *FAST, "--t-end", "0.1", "--animate", "x.avi"], "ends in .gif or .mp4"),
+    "format": (["simulate", *FAST, "--t-end", "0.1", "--animate", "x.avi"], "ends in one of .gif, .mp4"),
+    "format of a plot": (["simulate", *FAST, "--t-end", "0.1", "--plot", "x.doc"], "--plot x.doc: expected a name"),
+    "no format": (
+        ["simulate", *FAST, "--t-end", "0.1", "--plot", "x"],
+        "--plot x: expected a name that ends in one of",
+    ),
     "no figure": (["figures", "nosuch"], "no figure is called 'nosuch', choose from fig1_convergence, fig2"),
     "figure": (["figures", "fig1_convergance"], "did you mean 'fig1_convergence'"),
 }
@@ -214,6 +219,14 @@ def test_a_backend_draws_its_own_points(
     assert out.splitlines()[0] == "2 tokens at 241 times up to t = 30: reached t_end"
     assert out.splitlines()[-1].split()[0] == "30"
     assert (tmp_path / "plot.svg").stat().st_size > 10_000
+
+
+def test_what_cannot_be_drawn_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("tokendyn.cli._commands._expect", lambda *_: pytest.fail("a simulation was begun"))
+    for name in ("no/where.png", "x.doc", "x"):
+        assert main(["simulate", *FAST, "--t-end", "0.1", "--plot", name]) == 2
+        assert main(["simulate", *FAST, "--t-end", "0.1", "--animate", name]) == 2
 
 
 @pytest.mark.parametrize(

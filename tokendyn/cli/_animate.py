@@ -21,6 +21,32 @@ def require_matplotlib() -> None:
         raise EngineError("drawing needs matplotlib; run: pip install 'tokendyn[experiments]'")
 
 
+def expect_drawable(plot: Path | None, animation: Path | None) -> None:
+    """Say what no picture can be written to, before the simulation that it is of.
+
+    Raises:
+        OptionError: a suffix that is no format, or a folder that is not there.
+        EngineError: matplotlib is missing, or ffmpeg for an MP4.
+    """
+    if plot is None and animation is None:
+        return
+    require_matplotlib()
+    from matplotlib.animation import FFMpegWriter
+
+    formats = {"--plot": sorted(_figure().canvas.get_supported_filetypes()), "--animate": ["gif", "mp4"]}
+    for option, path in (("--plot", plot), ("--animate", animation)):
+        if path is None:
+            continue
+        suffix = path.suffix.lower().removeprefix(".")
+        if suffix not in formats[option]:
+            names = ", ".join(f".{name}" for name in formats[option])
+            raise OptionError(f"{option} {path}: expected a name that ends in one of {names}")
+        if not path.parent.is_dir():
+            raise OptionError(f"{option} {path}: there is no folder {path.parent}; make it first")
+        if suffix == "mp4" and not FFMpegWriter.isAvailable():
+            raise EngineError(f"--animate {path}: MP4 needs ffmpeg, which is not installed; use a .gif instead")
+
+
 def _figure() -> Any:
     from matplotlib.figure import Figure
 
@@ -28,13 +54,10 @@ def _figure() -> Any:
 
 
 def save_plot(trajectory: Trajectory, path: Path) -> None:
-    """Draw the trajectory into ``path``; its suffix is the format."""
+    """Draw the trajectory into ``path``, which :func:`expect_drawable` has let pass; its suffix is the format."""
     figure = _figure()
     trajectory.plot(figure.add_subplot(projection="3d" if _on_ball(trajectory) else None))
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:  # an unknown suffix
-        raise OptionError(f"--plot {path}: {error}") from None
+    figure.savefig(path, dpi=150)
 
 
 def save_animation(trajectory: Trajectory, path: Path) -> None:
@@ -44,16 +67,11 @@ def save_animation(trajectory: Trajectory, path: Path) -> None:
     """
     from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 
-    suffix = path.suffix.lower()
-    if suffix not in (".gif", ".mp4"):
-        raise OptionError(f"--animate {path}: expected a name that ends in .gif or .mp4")
-    if suffix == ".mp4" and not FFMpegWriter.isAvailable():
-        raise EngineError(f"--animate {path}: MP4 needs ffmpeg, which is not installed; use a .gif instead")
     figure = _figure()
     frames = np.unique(np.linspace(0, len(trajectory) - 1, min(FRAMES, len(trajectory))).astype(int))
     draw = _scene(trajectory, figure)
     rate = max(1, round(len(frames) / SECONDS))
-    writer = PillowWriter(fps=rate) if suffix == ".gif" else FFMpegWriter(fps=rate)
+    writer = PillowWriter(fps=rate) if path.suffix.lower() == ".gif" else FFMpegWriter(fps=rate)
     FuncAnimation(figure, draw, frames=frames.tolist(), blit=False, cache_frame_data=False).save(path, writer, dpi=90)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokendyn import Trajectory, __version__
 from tokendyn._dispatch import current_backend, kind_of, load_backend
 from tokendyn._dynamics import as_float64
-from tokendyn.cli._animate import require_matplotlib, save_animation, save_plot
+from tokendyn.cli._animate import expect_drawable, require_matplotlib, save_animation, save_plot
 from tokendyn.cli._tables import regime_json, regime_table, sphere_json, sphere_table, trajectory_json, trajectory_table
 from tokendyn.errors import DataError, OptionError
 
@@ -198,8 +198,7 @@ def _classify(problem: dict[str, Any], options: argparse.Namespace) -> int:
 def _simulate(problem: dict[str, Any], options: argparse.Namespace, chosen: str) -> int:
     from tokendyn import simulate, simulate_sphere
 
-    if options.plot or options.animate:
-        require_matplotlib()
+    expect_drawable(options.plot, options.animate)
     asked: dict[str, Any] = {"t_end": options.t_end, "rtol": options.rtol}
     if chosen != "numpy" and options.t_end > 0:  # NumPy's integrator returns its own steps, these return what is asked
         asked["times"] = np.minimum(np.expm1(np.linspace(0, np.log1p(options.t_end), _TIMES)), options.t_end)
