@@ -278,6 +278,18 @@ def test_damaged_folders_are_named(damage: Any, words: str, tmp_path: Path) -> N
         MambaLM.from_pretrained(tmp_path)
 
 
+def test_a_name_of_a_hub_is_no_folder() -> None:
+    with pytest.raises(CheckpointError, match="no folder state-spaces/mamba-130m-hf, and nothing is fetched"):
+        MambaLM.from_pretrained("state-spaces/mamba-130m-hf")
+
+
+def test_unknown_and_missing_options_name_the_model() -> None:
+    with pytest.raises(TypeError, match="MambaLM has no option depth; it has vocab_size, d_model, n_layer"):
+        MambaLM(vocab_size=8, d_model=4, n_layer=1, depth=2)
+    with pytest.raises(TypeError, match="TransformerLM needs vocab_size, n_layer too"):
+        TransformerLM(d_model=4)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"norm": "none"}, "norm='none'"), ({"d_conv": None}, "d_conv=None"), ({"scalar_A": True}, "scalar_A=True")],

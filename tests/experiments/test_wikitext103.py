@@ -306,9 +306,9 @@ def test_arms_that_are_none_are_told(arm: str, words: str) -> None:
     [
         (["--sequence-length", "5000"], r"2 sequences .* of 5000 tokens .* more than the [\d,]+ training tokens hold"),
         (["--evaluation-stride", "33"], "--evaluation-stride is 33, expected at most"),
-        (["--zero-shot", "nowhere.txt"], r"nowhere\.txt cannot be read"),
+        (["--zero-shot", "nowhere.txt"], r"needs the text of --zero-shot: nowhere\.txt is no file"),
         (["--arms", "free", "free"], "expected one or more, each once"),
-        (["--tokenizer", "gpt2"], "needs --tokenizer-dir"),
+        (["--tokenizer", "gpt2"], "needs GPT-2's tokenizer: give --tokenizer-dir"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -323,4 +323,5 @@ def test_mistakes_are_one_sentence(
 
 def test_other_presets_ask_for_a_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spectrum"]) == _cli.MISTAKE
-    assert "the preset spectrum needs a text; give --text" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search("needs a text: give --text .*; and GPT-2's tokenizer: give --tokenizer-dir", error)

@@ -65,15 +65,22 @@ def operation(
         every = frozenset(signature.parameters)
         required = frozenset(p.name for p in parameters if p.default is p.empty)
 
+        def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Raise the TypeError that Python would, with the operation's name."""
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as cause:
+                raise TypeError(f"{name}: {cause}") from None
+
         def call(fixed: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if len(args) > len(positional):
-                signature.bind(*args, **kwargs)  # raises the TypeError that Python would
+                refuse(args, kwargs)
             named = dict(zip(positional, args, strict=False))
             if any(key in named for key in kwargs) or not every.issuperset(kwargs):
-                signature.bind(*args, **kwargs)
+                refuse(args, kwargs)
             named.update(kwargs)
             if not required.issubset(named):
-                signature.bind(*args, **kwargs)
+                refuse(args, kwargs)
             given = {key: named.get(key) for key in array_names}
             for key in number_names:
                 if isinstance(given[key], (int, float)):

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 from tokendyn.backends.torch.models import LanguageModel
 from tokendyn.errors import OptionError
 from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
+from tokendyn.experiments._text._sources import HUGGING_FACE, RANDOM
 from tokendyn.experiments._trainer import load_trained, resolve_device
-from tokendyn.experiments.wikitext103._config import LanguageConfig
+from tokendyn.experiments.wikitext103._config import DataConfig, LanguageConfig
 from tokendyn.experiments.wikitext103._report import write_report
 from tokendyn.experiments.wikitext103._task import LanguageTasks, load_texts
+
+
+def _expect_sources(preset: str, data: DataConfig) -> None:
+    """What is not there is said at once and all together, before anything is read.
+
+    Raises:
+        OptionError: a text or the tokenizer is missing.
+    """
+    missing, text = [], data.text
+    if text is None:
+        if preset != "demo":
+            missing.append("a text: give --text with a folder, a file, or hf:wikitext/wikitext-103-raw-v1")
+    elif text != RANDOM and not text.startswith(HUGGING_FACE) and not Path(text).exists():
+        missing.append(f"a text: --text {text} is no file or folder")
+    if data.tokenizer == "gpt2":
+        if data.tokenizer_dir is None:
+            missing.append("GPT-2's tokenizer: give --tokenizer-dir with a folder of its vocab.json and merges.txt")
+        elif not Path(data.tokenizer_dir).is_dir():
+            missing.append(f"GPT-2's tokenizer: --tokenizer-dir {data.tokenizer_dir} is no folder")
+    if data.zero_shot is not None and not Path(data.zero_shot).is_file():
+        missing.append(f"the text of --zero-shot: {data.zero_shot} is no file")
+    if missing:
+        raise OptionError(f"the preset {preset} needs {'; and '.join(missing)}")
 
 
 def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> None:
@@ -28,10 +53,7 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
     """
     device = resolve_device(config.compute.device)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
-    if config.data.text is None and preset != "demo":
-        raise OptionError(
-            f"the preset {preset} needs a text; give --text with a folder, a file, or hf:wikitext/wikitext-103-raw-v1"
-        )
+    _expect_sources(preset, config.data)
     texts = load_texts(config.data)
     make_task = LanguageTasks(texts, config)
     make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
-from tokendyn.backends.torch.models._language import Backbone, initialise
+from tokendyn.backends.torch.models._language import Backbone, initialise, make_config
 from tokendyn.backends.torch.models._mamba_lm import MambaLMConfig, mamba_block
 from tokendyn.errors import ShapeError
 
@@ -35,7 +35,7 @@ class MambaClassifier(nn.Module):
     def __init__(self, num_classes: int, **options: Any) -> None:
         super().__init__()
         check.expect_size("MambaClassifier", "num_classes", num_classes)
-        self.config = MambaLMConfig(**options)
+        self.config = make_config("MambaClassifier", MambaLMConfig, options)
         self.backbone = Backbone(self.config, lambda index: mamba_block(self.config, index))
         self.head_dropout = nn.Dropout(self.config.head_dropout)
         self.head = nn.Linear(self.config.d_model, num_classes)

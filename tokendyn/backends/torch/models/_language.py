@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,22 @@ class LanguageModelConfig:
 
 
 Config = TypeVar("Config", bound=LanguageModelConfig)
+
+
+def make_config(name: str, config_type: type[Config], options: dict[str, Any]) -> Config:
+    """``config_type`` of the ``options`` given to the model ``name``.
+
+    Raises:
+        TypeError: an option that it does not have, or one missing that it needs.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    unknown = [key for key in options if key not in fields]
+    if unknown:
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
+    needed = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in options]
+    if needed:
+        raise TypeError(f"{name} needs {', '.join(needed)} too")
+    return config_type(**options)
 
 
 class RMSNorm(nn.Module):
@@ -271,7 +288,7 @@ class LanguageModel(nn.Module, Generic[Config]):
     def __init__(self, config: Config | None = None, /, **options: Any) -> None:
         super().__init__()
         if config is None:
-            config = self.config_type(**options)
+            config = make_config(type(self).__name__, self.config_type, options)
         elif options or not isinstance(config, self.config_type):
             raise OptionError(
                 f"{type(self).__name__}: expected either a {self.config_type.__name__} or its fields by name, not "

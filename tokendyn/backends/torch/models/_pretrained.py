@@ -193,6 +193,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError as cause:
+        if not folder.exists():
+            raise CheckpointError(
+                f"there is no folder {folder}, and nothing is fetched from a hub; give the folder of a saved model, for "
+                f"one of Hugging Face's that of: hf download NAME --local-dir FOLDER"
+            ) from cause
         raise CheckpointError(f"{folder} holds no config.json; give the folder of a saved model") from cause
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"{file} cannot be read ({cause}); get it again") from cause
