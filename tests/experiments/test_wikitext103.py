@@ -218,6 +218,13 @@ def test_presets_of_orders_are_of_one_size() -> None:
     assert {f"chunk_order{rest}" for rest in ("", "_shared_layers", "_no_norm", "_no_convolution")} <= set(models)
 
 
+def test_orders_is_all_three_studies_in_one_that_sees_its_text_once() -> None:
+    config = PRESETS["orders"]()
+    assert {arm for name in ("order", "table6", "table10") for arm in PRESETS[name]().arms} < set(config.arms)
+    tokens = config.train.steps * config.train.batch_size * config.data.sequence_length  # type: ignore[operator]
+    assert tokens < 6.87e6  # what the text of the spectrum study has
+
+
 def test_measures_of_the_blocks_are_those_of_their_definitions() -> None:
     torch.manual_seed(1)
     model = MambaLM(vocab_size=13, d_model=8, n_layer=2, d_state=3).eval()
