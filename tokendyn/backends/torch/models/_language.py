@@ -120,8 +120,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return (exact * self.weight).to(self.weight.dtype)
+        return F.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
