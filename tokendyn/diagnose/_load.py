@@ -41,8 +41,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modu
     """The model in a folder, a safetensors file or a hub repository, and inputs that come with it (or None).
 
     A folder with ``config.json`` holds a language model of ours, of mamba-ssm or of transformers (and what
-    :meth:`Refinement.save` put beside it is put on again); one without holds projections (:func:`load_projections`). A
-    hub name such as ``state-spaces/mamba-130m-hf`` is fetched by transformers, where the network allows it.
+    :meth:`Refinement.save` put beside it is put on again); one without holds projections (:func:`load_projections`). Of
+    a hub name such as ``state-spaces/mamba-130m-hf`` the safetensors and their configuration are fetched, where the
+    network allows it or they were before, and read as such a folder.
 
     Args:
         path: folder, file, or ``owner/name``.
@@ -51,9 +52,13 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modu
     Raises:
         CheckpointError: files are missing, cut short, pickles, or do not fit their configuration.
         DataError: there is neither such a path nor a hub name.
-        BackendMissing: transformers is needed and not installed.
+        BackendMissing: transformers or huggingface_hub is needed and not installed.
     """
     place = Path(path)
+    if not place.exists() and _HUB_NAME.fullmatch(str(path)):
+        from tokendyn.diagnose._hub import fetch
+
+        place = fetch(str(path))
     if place.is_dir() or place.is_file():
         if place.is_dir() and (place / "config.json").exists():
             model = _language_model(place, dtype)
@@ -63,8 +68,6 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modu
                 refine(model, saved=place)
             return model, None
         return load_projections(place, dtype=dtype)
-    if _HUB_NAME.fullmatch(str(path)):
-        return _from_transformers(str(path), dtype, local=False), None
     raise DataError(f"diagnose: there is no {place}, expected a folder of a saved model or a hub name owner/name")
 
 
@@ -84,32 +87,32 @@ def _language_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
             raise CheckpointError(refusal(stranger))
     for weights in sorted(folder.glob("*.safetensors")):
         read_tensors(weights)  # a file that was cut short is said to be so, before transformers is asked
-    return _from_transformers(str(folder), dtype, local=True)
+    return _from_transformers(folder, dtype)
 
 
-def _from_transformers(name: str, dtype: torch.dtype | None, *, local: bool) -> nn.Module:
+def _from_transformers(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     if importlib.util.find_spec("transformers") is None:
-        raise BackendMissing(f"diagnose: {name} is read by transformers; run: pip install 'tokendyn[diagnose]'")
+        raise BackendMissing(f"diagnose: {folder} is read by transformers; run: pip install 'tokendyn[diagnose]'")
     from transformers import AutoModelForCausalLM  # type: ignore[import-not-found]
 
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            folder,
             use_safetensors=True,
             trust_remote_code=False,
-            local_files_only=local,
+            local_files_only=True,
             output_loading_info=True,
             **options,
         )
     except Exception as cause:
         said = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise CheckpointError(f"diagnose: transformers cannot read {name}: {printable(said[0], 300)}") from cause
+        raise CheckpointError(f"diagnose: transformers cannot read {folder}: {printable(said[0], 300)}") from cause
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise CheckpointError(
-            f"diagnose: the weights in {name} do not fit config.json: {len(missing)} missing, first {missing[0]}"
+            f"diagnose: the weights in {folder} do not fit config.json: {len(missing)} missing, first {missing[0]}"
         )
     return model.eval()
 
