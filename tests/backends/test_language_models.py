@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tokendyn.torch as tt
+from tokendyn.backends.torch.models._token_losses import KeptGradient
 from tokendyn.errors import CheckpointError, DataError, OptionError, ShapeError
 from tokendyn.torch.models import H3LM, MambaLM, MambaLMConfig, TransformerLM, mamba_lm_130m
 
@@ -276,6 +277,18 @@ def test_damaged_folders_are_named(damage: Any, words: str, tmp_path: Path) -> N
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=words):
         MambaLM.from_pretrained(tmp_path)
+
+
+def test_the_kept_gradient_of_the_logits_is_that_of_the_losses() -> None:
+    """On a GPU it takes the place of logits that are made again."""
+    features, weight = (torch.randn(size, 5, dtype=torch.float64, requires_grad=True) for size in (9, 7))
+    targets, upstream = torch.randint(7, (9,)), torch.rand(9)
+    losses = KeptGradient.apply(features, weight, targets)
+    expected = torch.nn.functional.cross_entropy(features @ weight.T, targets, reduction="none")
+    assert torch.allclose(losses.double(), expected, rtol=1e-6)
+    ours = torch.autograd.grad(losses, (features, weight), upstream)
+    for one, other in zip(ours, torch.autograd.grad(expected, (features, weight), upstream.double()), strict=True):
+        assert (one - other).norm() < 1e-6 * other.norm()
 
 
 def test_a_name_of_a_hub_is_no_folder() -> None:

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch.layers import TokenReorder
+from tokendyn.backends.torch.models._token_losses import token_losses
 from tokendyn.errors import OptionError, ShapeError
 
 Norm = Literal["rms", "layer", "none"]
 OrderScope = Literal["sequence", "chunks", "groups", "window"]
 Cache = list[tuple[Tensor, ...]]
-_LOSS_TOKENS = 4096  # tokens whose logits are in memory at one time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,8 @@ class LanguageModel(nn.Module, Generic[Config]):
 
         Returns:
             (b, L, rows) logits in the dtype of the weights; or (b, L) float32 of ``-ln p(targets)`` in nats, for which
-            the logits are made and made again for a few thousand tokens at a time and never all kept.
+            the logits are made for a few thousand tokens at a time and never all kept. In training they are made again
+            for the gradient; on a GPU in half precision their gradient is kept instead, unless ``backbone.recompute``.
 
         Raises:
             ShapeError: tokens, targets or seq_idx of another shape or dtype.
@@ -333,20 +334,8 @@ class LanguageModel(nn.Module, Generic[Config]):
                 f"{type(self).__name__}: targets have shape {tuple(targets.shape)}, expected that of tokens, "
                 f"{tuple(tokens.shape)}"
             )
-        pieces = zip(features.flatten(0, 1).split(_LOSS_TOKENS), targets.flatten().split(_LOSS_TOKENS), strict=True)
-        keep = not torch.is_grad_enabled() or tokens.numel() <= _LOSS_TOKENS
-        losses = [
-            self._losses(*piece)
-            if keep
-            else checkpoint(self._losses, *piece, use_reentrant=False, preserve_rng_state=False)
-            for piece in pieces
-        ]
-        return torch.cat(losses).view_as(targets)  # type: ignore[arg-type]
-
-    def _losses(self, features: Tensor, targets: Tensor) -> Tensor:
-        # cross_entropy would keep a copy of half-precision logits in float32 beside their log-softmax.
-        log_p = F.log_softmax(self.lm_head(features), dim=-1, dtype=torch.float32)
-        return F.nll_loss(log_p, targets, reduction="none")
+        losses = token_losses(features.flatten(0, 1), self.lm_head, targets.flatten(), keep=not self.backbone.recompute)
+        return losses.view_as(targets)
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Cache:
         """Empty states of all blocks for decoding ``batch_size`` sequences of at most ``max_seqlen`` tokens.

@@ -195,8 +195,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as cause:
         if not folder.exists():
             raise CheckpointError(
-                f"there is no folder {folder}, and nothing is fetched from a hub; give the folder of a saved model, for "
-                f"one of Hugging Face's that of: hf download NAME --local-dir FOLDER"
+                f"there is no folder {folder}, and nothing is fetched from a hub; give the folder of a saved model, as "
+                f"made by: hf download NAME --local-dir FOLDER"
             ) from cause
         raise CheckpointError(f"{folder} holds no config.json; give the folder of a saved model") from cause
     except (OSError, ValueError) as cause:
