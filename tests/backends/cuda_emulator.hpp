@@ -22,15 +22,17 @@ using std::min;
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 static struct { unsigned x; } threadIdx, blockIdx;
-float4 memory[1 << 13];
+float4 memory[1 << 14];
 
 namespace fibres {
-constexpr int count = 128, stack_bytes = 1 << 17;
+constexpr int count = THREADS, stack_bytes = 1 << 17;
 static ucontext_t scheduler, contexts[count];
 static std::vector<char> stacks(static_cast<size_t>(count) * stack_bytes);
 static bool done[count];
@@ -82,6 +84,24 @@ static float __shfl_xor_sync(unsigned, float value, int mask) {
     wait_warp();
     return other;
 }
+static float __shfl_sync(unsigned, float value, int from) {
+    fibres::exchanged[0][threadIdx.x] = value;
+    wait_warp();
+    float other = fibres::exchanged[0][threadIdx.x / 32 * 32 + from];
+    wait_warp();
+    return other;
+}
+static unsigned __ballot_sync(unsigned, bool value) {
+    fibres::exchanged[0][threadIdx.x] = value;
+    wait_warp();
+    unsigned all = 0;
+    for (int i = 0; i < 32; i++) all |= (unsigned)(fibres::exchanged[0][threadIdx.x / 32 * 32 + i] != 0) << i;
+    wait_warp();
+    return all;
+}
+static bool __any_sync(unsigned, bool value) { return __ballot_sync(~0u, value) != 0; }
+static void __syncwarp() { wait_warp(); }
+static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 static unsigned atomicAdd(unsigned* p, unsigned value) {
     unsigned before = *p;
     *p += value;
@@ -89,7 +109,7 @@ static unsigned atomicAdd(unsigned* p, unsigned value) {
 }
 static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 static unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
-static float __fdividef(float a, float b) { return a / b; }
+static float reciprocal(float x) { return 1.0f / x; }
 static float ex2(float x) { return exp2f(x); }
 static unsigned read_flag(const unsigned* p) { return *p; }
 static void write_flag(unsigned* p, unsigned value) { *p = value; }
@@ -106,16 +126,18 @@ static unsigned narrow(float x) {
 }
 #endif
 
+static unsigned narrow_pair(float first, float second) { return narrow(first) | narrow(second) << 16; }
+
 // mma.m16n8k8 on TF32, whose operands lose their last 13 bits.
-static void add_over_channels(float (&d)[4], float dB0, float dC0, float dB1, float dC1, float first, float second) {
+static void mma(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float a2, float a3, float b0, float b1) {
     unsigned self = threadIdx.x, warp = self / 32 * 32, lane = self % 32;
-    float given[6] = {dB0, dC0, dB1, dC1, first, second};
+    float given[6] = {a0, a1, a2, a3, b0, b1}, *sums[4] = {&d0, &d1, &d2, &d3};
     for (int i = 0; i < 6; i++) fibres::exchanged[i][self] = __uint_as_float(__float_as_uint(given[i]) & 0xffffe000u);
     wait_warp();
     for (int which = 0; which < 2; which++)  // rows lane / 4 and 8 + lane / 4
         for (int column = 0; column < 2; column++)
             for (int k = 0; k < 8; k++)
-                d[2 * which + column] += fibres::exchanged[which + k / 4 * 2][warp + lane / 4 * 4 + k % 4] *
-                                         fibres::exchanged[4 + k / 4][warp + (lane % 4 * 2 + column) * 4 + k % 4];
+                *sums[2 * which + column] += fibres::exchanged[which + k / 4 * 2][warp + lane / 4 * 4 + k % 4] *
+                                             fibres::exchanged[4 + k / 4][warp + (lane % 4 * 2 + column) * 4 + k % 4];
     wait_warp();
 }

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tokendyn.backends.torch.ops import _scan_cuda
+from tokendyn.backends.torch.ops import _scan_cuda_layout
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 NAMES = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts")
@@ -34,7 +34,7 @@ def _library(source: str, variant: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def launch(name: str, variant: tuple[str, ...], shared: int, blocks: int, arguments: ctypes.Array, device) -> None:
+def launch(kernels, name, variant: tuple[str, ...], threads, shared: int, blocks: int, arguments: ctypes.Array, device):
     """In the place of the engine's own ``launch``."""
-    assert shared <= 16 << 13
-    getattr(_library(_scan_cuda.source(), variant), f"run_{name}")(arguments, blocks)
+    assert shared <= 16 << 14
+    getattr(_library(_scan_cuda_layout.source(kernels), variant), f"run_{name}")(arguments, blocks)

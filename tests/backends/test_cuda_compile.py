@@ -15,7 +15,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 # isort: split
 import triton
 
-from tokendyn.backends.torch.ops import _nvrtc, _scan_cuda
+from tokendyn.backends.torch.ops import _nvrtc, _scan_cuda_layout
 
 try:
     _nvrtc.compile_source('extern "C" __global__ void nothing() {}', [], (8, 0))
@@ -25,19 +25,26 @@ except Exception as reason:  # cuda-bindings raises what its loader finds missin
 #: An A100's, less what the driver keeps.
 SHARED = 163 * 1024
 MOST_STACK = 1024
-#: element, lanes a channel, scalar A, gated, packed, owner of elements; the last has the most of everything.
+#: Scalar A, length, N; then element, gated, packed, owner of elements.
 VARIANTS = {
-    "bfloat16, whole runs": (1, 4, False, False, False, 0),
-    "float32, scalar A, two lanes": (0, 2, True, True, False, 1),
-    "float16, eight lanes, packed": (2, 8, False, True, True, 2),
+    "bfloat16, whole runs": (False, 2048, 16, 1, False, False, 0),
+    "float16, widest, packed": (False, 2048, 32, 2, True, True, 2),
+    "bfloat16, scalar A": (True, 2048, 16, 1, False, False, 0),
+    "float32, scalar A, short, packed": (True, 49, 8, 0, True, True, 1),
+    "float16, scalar A, widest": (True, 2048, 32, 2, True, False, 2),
 }
+
+
+def layout(variant: str) -> _scan_cuda_layout.Layout:
+    scalar_A, length, state = VARIANTS[variant][:3]
+    return _scan_cuda_layout.layout(scalar_A, 8, 1, 1536, length, state, 132, 4)
 
 
 def resources(capability: tuple[int, int], variant: str, folder: Path) -> dict[str, tuple[int, int]]:
     """Registers and bytes of stack of every kernel."""
-    options, *_ = _scan_cuda.options(*VARIANTS[variant])
+    options = layout(variant).options(*VARIANTS[variant][3:])
     file = folder / "scan.cubin"
-    file.write_bytes(_nvrtc.compile_source(_scan_cuda.source(), options, capability))
+    file.write_bytes(_nvrtc.compile_source(_scan_cuda_layout.source(layout(variant).kernels), options, capability))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
@@ -50,7 +57,7 @@ def test_every_kernel_is_compiled_and_fits(capability, variant, tmp_path):
     found = resources(capability, variant, tmp_path)
     assert set(found) == {"outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts"}
     assert all(stack <= MOST_STACK for _, stack in found.values()), found
-    assert max(_scan_cuda.options(*VARIANTS[variant])[1:]) <= SHARED
+    assert max(layout(variant).shared_bytes(gated=True)) <= SHARED
 
 
 def test_a_source_that_does_not_compile_says_why():

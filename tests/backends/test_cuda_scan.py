@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokendyn.backends.torch.ops import _scan_cuda
+from tokendyn.backends.torch.ops import _scan_cuda, _scan_cuda_layout
 
 from . import cuda_emulator
 from .scan_cases import CASES as SHARED
@@ -25,7 +25,14 @@ CASES = SHARED | {
     "whole runs": {"b": 1, "d": 40, "L": 136, "N": 16, "without": ("z",)},
     "whole runs, channels last": {"b": 1, "d": 40, "L": 70, "N": 16, "last": True, "without": ("z",)},
     "two lanes, packed and padded": {"b": 2, "d": 16, "L": 100, "N": 8, "packed": True, "padded": True},
-    "four lanes, scalar A": {"b": 1, "d": 9, "L": 140, "N": 16, "scalar": True},
+    "scalar A, spans of 64": {"b": 1, "d": 19, "L": 40, "N": 5, "scalar": True},
+    "scalar A, whole runs": {"b": 2, "d": 40, "L": 136, "N": 13, "scalar": True, "without": ("z",)},
+    "scalar A, odd rows": {"b": 1, "d": 37, "L": 151, "N": 16, "scalar": True},
+    "scalar A, channels last": {"b": 1, "d": 38, "L": 70, "N": 16, "scalar": True, "last": True},
+    "scalar A, wide": {"b": 1, "d": 20, "L": 260, "N": 30, "scalar": True, "packed": True, "padded": True},
+    "scalar A, decays of all sizes": {"b": 1, "d": 18, "L": 40, "N": 5, "scalar": True, "scale": 8.0},
+    "scalar A, huge steps": {"b": 1, "d": 18, "L": 40, "N": 5, "scalar": True, "scale": 1e3},
+    "scalar A, tiny steps": {"b": 1, "d": 18, "L": 40, "N": 5, "scalar": True, "scale": 1e-6},
 }
 RUNS = [
     ("one token", "float32"),
@@ -38,8 +45,15 @@ RUNS = [
     ("whole runs", "bfloat16"),
     ("whole runs, channels last", "bfloat16"),
     ("two lanes, packed and padded", "float32"),
-    ("four lanes, scalar A", "bfloat16"),
-    ("four lanes, scalar A", "float32"),
+    ("scalar A, spans of 64", "float32"),
+    ("scalar A, whole runs", "bfloat16"),
+    ("scalar A, odd rows", "float32"),
+    ("scalar A, odd rows", "float16"),
+    ("scalar A, channels last", "bfloat16"),
+    ("scalar A, wide", "float32"),
+    ("scalar A, decays of all sizes", "float32"),
+    ("scalar A, huge steps", "float32"),
+    ("scalar A, tiny steps", "float32"),
     ("scalar A, packed and padded", "float32"),
     ("large steps", "float32"),
     ("small steps", "float32"),
@@ -57,8 +71,8 @@ def _engine(monkeypatch):
 @pytest.fixture
 def _in_segments(monkeypatch):
     """Sequences are cut, and blocks of channels add dB and dC to one copy in turn."""
-    monkeypatch.setattr(_scan_cuda, "BLOCKS_A_PROCESSOR", 1000)
-    monkeypatch.setattr(_scan_cuda, "PARTS", 1)
+    monkeypatch.setattr(_scan_cuda_layout, "BLOCKS_A_PROCESSOR", {"general": 1000, "scalar": 1000})
+    monkeypatch.setattr(_scan_cuda_layout, "PARTS", 1)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -69,7 +83,7 @@ def test_kernels_agree_with_the_spec(name, dtype):
 
 
 @pytest.mark.usefixtures("poisoned", "_in_segments")
-@pytest.mark.parametrize("name", ["four lanes", "two lanes, packed and padded", "four lanes, scalar A"])
+@pytest.mark.parametrize("name", ["four lanes", "two lanes, packed and padded", "scalar A, odd rows", "scalar A, wide"])
 def test_sequences_in_segments_agree_with_the_spec(name):
     check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
 
@@ -105,6 +119,27 @@ FAULTS = {
     ),
     "one warp's channels not added": ("warp < WARPS; warp++", "warp < WARPS - 1; warp++", "four lanes"),
     "a state kept too late": ("start % CHUNK == 0", "start % CHUNK == HALF", "four lanes"),
+    "scalar A: nothing crosses a chunk's end": (
+        "add_over_quad(through) +",
+        "0.0f +",
+        "scalar A, spans of 64",
+    ),
+    "scalar A: the diagonal crosses its token": ("s < t ? operand(v)", "s <= t ? operand(v)", "scalar A, spans of 64"),
+    "scalar A: weights that leave out a token's decay": (
+        "source < t ? weight.v[h][i] * d : 1.0f",
+        "source < t ? weight.v[h][i] : 1.0f",
+        "scalar A, decays of all sizes",
+    ),
+    "scalar A: factors without a limit": (
+        "return total[0] <= LIMIT",
+        "return true || total[0] <= LIMIT",
+        "scalar A, huge steps",
+    ),
+    "scalar A: a reset that does not cut states off": (
+        "h = decay < 0.0f ? local : fmaf(decay, h, local);",
+        "h = fmaf(fabsf(decay), h, local);",
+        "scalar A, packed and padded",
+    ),
 }
 
 
@@ -112,9 +147,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, monkeypatch):
     good, bad, name = FAULTS[fault]
-    source = _scan_cuda.source()
+    source = _scan_cuda_layout.source("scalar" if "scalar A" in name else "general")
     assert source.count(good) == 1
-    monkeypatch.setattr(_scan_cuda, "source", lambda: source.replace(good, bad))
+    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: source.replace(good, bad))
     with pytest.raises(AssertionError, match=r"exceeds|not finite"):
         check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
 

@@ -8,15 +8,11 @@
 // true state (`segment_coends`, `join_segments`, `gradients` backward). The backward pass recomputes states from those
 // kept every CHUNK tokens. Nothing is added atomically: the same input gives the same bits.
 //
-// Compiled at run time with: ELEMENT 0 float32, 1 bfloat16, 2 float16; QUADS 1, 2, 4, 8; SCALAR_A; GATED (z is given;
-// backward); PACKED (seq_idx is given); OWNER, how the elements of a stage are dealt to threads for loading: eight side by
-// side along tokens, along channels, or SINGLE ones. `struct Args` comes before this text.
+// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, and OWNER, how the elements of a stage are dealt to
+// threads for loading: eight side by side along tokens, along channels, or SINGLE ones.
 
-#define LOG2E 1.4426950408889634f
-#define THREADS 128
 #define WARPS 4
 #define ROWS (THREADS / QUADS)
-#define STATE (4 * QUADS)
 #define STATE_PITCH (STATE + 4)
 #define HALF (8 * QUADS)   // tokens of which every thread owns eight
 #define CHUNK (2 * HALF)   // between two states that are kept
@@ -31,59 +27,13 @@
 #define SUM_PITCH 36
 #define SUMS (2 * TILE * SUM_PITCH)  // floats of a warp's sums of dB and dC over one tile
 
-typedef long long i64;
+#define FOURS (ELEMENT == 0 ? 2 : 1)  // words of 16 bytes in eight elements
 
-#ifndef EMULATED
-__device__ __forceinline__ float ex2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float narrowed_bits_to_float(unsigned bits) {
-    float y;
-#if ELEMENT == 2
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits));
-#else
-    y = __uint_as_float(bits << 16);
-#endif
-    return y;
-}
-__device__ __forceinline__ unsigned narrow(float x) {
-    unsigned short y;
-#if ELEMENT == 2
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-    return y;
-}
 // Adds the first token's dB and dC, and the second's, over the four lanes of every column (lane / 4): to d[0..1] and
 // d[2..3] of the lanes whose tokens, 2 (lane % 4) and the next, `first` and `second` select by a 1 in that column.
 __device__ __forceinline__ void add_over_channels(float (&d)[4], float dB0, float dC0, float dB1, float dC1, float first, float second) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(dB0)), "r"(__float_as_uint(dC0)), "r"(__float_as_uint(dB1)), "r"(__float_as_uint(dC1)),
-          "r"(__float_as_uint(first)), "r"(__float_as_uint(second)));
+    mma(d[0], d[1], d[2], d[3], dB0, dC0, dB1, dC1, first, second);
 }
-__device__ __forceinline__ unsigned read_flag(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void write_flag(unsigned* p, unsigned v) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-#endif
-
-__device__ __forceinline__ float high_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-
-#if ELEMENT == 0
-typedef float element;
-#define FOURS 2  // words of 16 bytes in eight elements
-#else
-typedef unsigned short element;
-#define FOURS 1
-#endif
 
 // Eight elements of one thread.
 struct Eight {
@@ -205,19 +155,6 @@ struct View {
 };
 #define VIEW(name) View(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block.batch, block.channel)
 
-// ln(1 + e^v) to float32 accuracy for every v: max(v, 0) + 2 artanh(w / (2 + w)), w = e^-|v|.
-__device__ __forceinline__ float softplus(float v) {
-    float w = ex2(-fabsf(v) * LOG2E), s = __fdividef(w, 2.0f + w), q = s * s;
-#if ELEMENT == 0
-    float series = fmaf(q, fmaf(q, fmaf(q, fmaf(q, fmaf(q, fmaf(q, fmaf(q, 1.0f / 15, 1.0f / 13), 1.0f / 11), 1.0f / 9),
-                                                1.0f / 7), 1.0f / 5), 1.0f / 3), 1.0f);
-#else
-    float series = fmaf(q, fmaf(q, fmaf(q, fmaf(q, 1.0f / 9, 1.0f / 7), 1.0f / 5), 1.0f / 3), 1.0f);  // to 2e-6
-#endif
-    return fmaf(2.0f * s, series, fmaxf(v, 0.0f));
-}
-__device__ __forceinline__ float sigmoid(float v) { return __fdividef(1.0f, 1.0f + ex2(-v * LOG2E)); }
-
 // What a block works on.
 struct Block {
     int batch, group, tile, segment, rows, first, last;
@@ -253,7 +190,7 @@ struct Lane {
 
 // What every thread of a block shares about its channels.
 struct Rows {
-    float bias[ROWS], A[ROWS], D[ROWS];
+    float bias[ROWS], D[ROWS];
 };
 
 __device__ __forceinline__ void load_rows(Rows& rows, const Args& p, const Block& block) {
@@ -261,7 +198,6 @@ __device__ __forceinline__ void load_rows(Rows& rows, const Args& p, const Block
         bool exists = threadIdx.x < block.rows;
         i64 at = block.channel + threadIdx.x;
         rows.bias[threadIdx.x] = exists && p.bias ? ((const float*)p.bias)[at] : 0.0f;
-        rows.A[threadIdx.x] = exists && SCALAR_A ? ((const float*)p.A)[at] : 0.0f;
         rows.D[threadIdx.x] = exists && p.D ? ((const float*)p.D)[at] : 0.0f;
     }
 }
@@ -271,7 +207,7 @@ __device__ __forceinline__ void load_rates(float (&A)[4], const Args& p, const B
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         bool exists = lane.exists && lane.n + j < p.state;
-        i64 at = SCALAR_A ? block.channel + lane.row : (block.channel + lane.row) * p.state + lane.n + j;
+        i64 at = (block.channel + lane.row) * p.state + lane.n + j;
         A[j] = exists ? ((const float*)p.A)[at] * scale : 0.0f;
     }
 }
@@ -333,15 +269,9 @@ struct Matrices {
 // Marks the tokens of a stage at which a packed sequence begins and the state is reset.
 __device__ __forceinline__ void load_resets(int* resets, const Args& p, const Block& block, int start, int stage) {
 #if PACKED
-    int t = start + threadIdx.x;
-    if (threadIdx.x < stage) {
-        const i64* row = (const i64*)p.seq_idx + block.batch * p.length;
-        resets[threadIdx.x] = t > 0 && t < block.stop && t < p.length && row[t] != row[t - 1];
-    }
+    if (threadIdx.x < stage) resets[threadIdx.x] = begins(p, block.batch, start + threadIdx.x, block.stop);
 #endif
 }
-
-__device__ __forceinline__ float step_size(const Args& p, float raw) { return p.softplus ? softplus(raw) : raw; }
 
 // Whether a thread's i-th element from `start` on is a token of the sequence.
 __device__ __forceinline__ bool counts(const Block& block, int start, int i) {
@@ -361,7 +291,7 @@ __device__ __forceinline__ void deal(float* to, int half, F value) {
 #endif
 }
 
-// Step sizes (for scalar A: decays) and inflows delta u.
+// Step sizes and inflows delta u.
 template <int STAGE>
 __device__ __forceinline__ void deal_inflow(float* steps, float* inflow, const Rows& rows, const Args& p, const Block& block,
                                             const Eight& u, const Eight& raw, int start, int half) {
@@ -370,11 +300,7 @@ __device__ __forceinline__ void deal_inflow(float* steps, float* inflow, const R
 #pragma unroll
     for (int i = 0; i < 8; i++) step[i] = counts(block, start, i) ? step_size(p, raw[i] + rows.bias[own_row(i)]) : 0.0f;
     if (inflow) deal<STAGE>(inflow, half, [&](int i) { return counts(block, start, i) ? step[i] * u[i] : 0.0f; });
-#if SCALAR_A
-    deal<STAGE>(steps, half, [&](int i) { return ex2(step[i] * (rows.A[own_row(i)] * LOG2E)); });
-#else
     deal<STAGE>(steps, half, [&](int i) { return step[i]; });
-#endif
 }
 
 // The gradient that reaches y before the gate; 0 outside the sequence.
@@ -399,13 +325,6 @@ __device__ __forceinline__ void four_n(float (&got)[4], const float* matrix, con
     float4 v = *(const float4*)(matrix + t * STATE_PITCH + lane.n);
     got[0] = v.x, got[1] = v.y, got[2] = v.z, got[3] = v.w;
 }
-
-// Decay of a lane's n-th state over one token: `step` is the step size, or for scalar A the decay itself.
-#if SCALAR_A
-#define DECAY(step, rate) (step)
-#else
-#define DECAY(step, rate) ex2((step) * (rate))
-#endif
 
 // Adds four tokens' values over the lanes of a channel and writes each sum once, at `to[place(row, t + token)]`.
 template <int STAGE>
@@ -448,7 +367,7 @@ __device__ __forceinline__ void forward(const Args& p) {
     Block block(p, blockIdx.x);
     Lane lane(block);
     load_rows(s.rows, p, block);
-    float A[4], h[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total = SCALAR_A ? 1.0f : 0.0f;
+    float A[4], h[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total = 0.0f;
     bool intact = true;
     load_rates(A, p, block, lane, LOG2E);
     if (OUTPUTS) {
@@ -494,10 +413,10 @@ __device__ __forceinline__ void forward(const Args& p) {
 #endif
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    h[j] = fmaf(DECAY(step[k], A[j]), h[j], inflow[k] * B[j]);
+                    h[j] = fmaf(ex2(step[k] * A[j]), h[j], inflow[k] * B[j]);
                     if (OUTPUTS) out[k] = j ? fmaf(h[j], C[j], out[k]) : h[j] * C[j];
                 }
-                if (!OUTPUTS) total = SCALAR_A ? total * step[k] : total + step[k];
+                if (!OUTPUTS) total += step[k];
             }
             if (OUTPUTS) add_over_lanes<HALF>(s.inflow, out, lane, t);
         }
@@ -519,29 +438,13 @@ __device__ __forceinline__ void forward(const Args& p) {
         i64 at = lane.slot(p, block, p.segments, block.segment);
         store_state((float*)p.ends + at, h, lane);
 #pragma unroll
-        for (int j = 0; j < 4; j++) h[j] = !intact ? 0.0f : SCALAR_A ? total : ex2(A[j] * total);
+        for (int j = 0; j < 4; j++) h[j] = intact ? ex2(A[j] * total) : 0.0f;
         store_state((float*)p.decays + at, h, lane);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) outputs(const __grid_constant__ Args p) { forward<true>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_ends(const __grid_constant__ Args p) { forward<false>(p); }
-
-// States between segments, slots (b, segments + 1, d, STATE), from the first on (`backwards`: from the last on).
-extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid_constant__ Args p) {
-    i64 size = p.channels * STATE, index = blockIdx.x * (i64)THREADS + threadIdx.x;
-    if (index >= p.batch * size) return;
-    i64 batch = index / size, at = index % size, n = at % STATE;
-    i64 given = p.backwards ? p.last_gradient : p.first_state;
-    float h = given && n < p.state ? ((const float*)given)[(batch * p.channels + at / STATE) * p.state + n] : 0.0f;
-    float* slots = (float*)p.slots + batch * (p.segments + 1) * size + at;
-    slots[p.backwards ? p.segments * size : 0] = h;
-    for (i64 k = 0; k < p.segments; k++) {
-        i64 segment = p.backwards ? p.segments - 1 - k : k, part = (batch * p.segments + segment) * size + at;
-        h = fmaf(((const float*)p.decays)[part], h, ((const float*)p.ends)[part]);
-        slots[(p.backwards ? segment : segment + 1) * size] = h;
-    }
-}
 
 // Gradient of the state before a segment if that of the state after it were 0, and the decay across the segment.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_coends(const __grid_constant__ Args p) {
@@ -550,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_coends(const __
     Block block(p, blockIdx.x);
     Lane lane(block);
     load_rows(s.rows, p, block);
-    float A[4], e[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total = SCALAR_A ? 1.0f : 0.0f;
+    float A[4], e[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total = 0.0f;
     bool intact = true;
     load_rates(A, p, block, lane, LOG2E);
     View dy = VIEW(dy), delta = VIEW(delta), z = VIEW(z);
@@ -583,8 +486,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_coends(const __
                 float C[4];
                 four_n(C, s.C, lane, t + k);
 #pragma unroll
-                for (int j = 0; j < 4; j++) e[j] = DECAY(step[k], A[j]) * fmaf(C[j], dout[k], e[j]);
-                total = SCALAR_A ? total * step[k] : total + step[k];
+                for (int j = 0; j < 4; j++) e[j] = ex2(step[k] * A[j]) * fmaf(C[j], dout[k], e[j]);
+                total += step[k];
 #if PACKED
                 if (s.resets[t + k]) {
                     e[0] = e[1] = e[2] = e[3] = 0.0f;
@@ -598,7 +501,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_coends(const __
     i64 at = lane.slot(p, block, p.segments, block.segment);
     store_state((float*)p.ends + at, e, lane);
 #pragma unroll
-    for (int j = 0; j < 4; j++) e[j] = !intact ? 0.0f : SCALAR_A ? total : ex2(A[j] * total);
+    for (int j = 0; j < 4; j++) e[j] = intact ? ex2(A[j] * total) : 0.0f;
     store_state((float*)p.decays + at, e, lane);
 }
 
@@ -660,9 +563,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
     Lane lane(block);
     load_rows(s.rows, p, block);
     float A[4], e[4], dA[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float sum_A[OWN_ROWS], sum_D[OWN_ROWS], sum_bias[OWN_ROWS];
+    float sum_D[OWN_ROWS], sum_bias[OWN_ROWS];
 #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++) sum_A[i] = sum_D[i] = sum_bias[i] = 0.0f;
+    for (int i = 0; i < OWN_ROWS; i++) sum_D[i] = sum_bias[i] = 0.0f;
     load_rates(A, p, block, lane, LOG2E);
     if (p.segments > 1)
         load_state(e, (const float*)p.slots + lane.slot(p, block, p.segments + 1, block.segment + 1), lane);
@@ -718,7 +621,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
                 if (s.resets[t + k]) h[0] = h[1] = h[2] = h[3] = 0.0f;
 #endif
 #pragma unroll
-                for (int j = 0; j < 4; j++) h[j] = fmaf(DECAY(step[k], A[j]), h[j], inflow[k] * B[j]);
+                for (int j = 0; j < 4; j++) h[j] = fmaf(ex2(step[k] * A[j]), h[j], inflow[k] * B[j]);
             }
         }
 
@@ -739,7 +642,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
                     four_n(B, s.B, lane, t + k);
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        decay[k][j] = DECAY(step[i], A[j]);
+                        decay[k][j] = ex2(step[i] * A[j]);
 #if PACKED
                         if (s.resets[t + k]) decay[k][j] = 0.0f;
 #endif
@@ -770,12 +673,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
                         dinflow[i] = j ? fmaf(g, B[j], dinflow[i]) : g * B[j];
                         e[j] = decay[k][j] * g;
                         float q = e[j] * before[k][j];  // gradient of the decay, times it
-#if SCALAR_A
-                        dstep[i] = j ? dstep[i] + q : q;
-#else
                         dstep[i] = j ? fmaf(q, A[j], dstep[i]) : q * A[j];
                         dA[j] = fmaf(q, step[i], dA[j]);
-#endif
 #if GATED
                         out[i] = j ? fmaf(before[k + 1][j], C[j], out[i]) : before[k + 1][j] * C[j];
 #endif
@@ -825,13 +724,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
                 int row = own_row(i), at = place<CHUNK>(row, half * HALF + own_token(i)), k = OWNER == TOKEN_RUNS ? 0 : i;
                 bool valid = counts(block, start, i);
                 float raw = own_delta[i] + s.rows.bias[row], value = own_u[i];
-#if SCALAR_A
-                float step = step_size(p, raw), dstep = s.dout[at];
-                sum_A[k] += valid ? step * dstep : 0.0f;
-                dstep *= s.rows.A[row];
-#else
                 float step = s.steps[at], dstep = s.dout[at] * (1.0f / LOG2E);
-#endif
                 float dinflow = s.inflow[at], gradient = own_dy[i];
 #if GATED
                 float gate = own_z[i], part_of_gate = sigmoid(gate);
@@ -867,20 +760,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
     }
     if (p.dfirst && block.segment == 0) store_given_state(p.dfirst, e, p, block, lane);
     i64 at = ((i64)block.batch * p.segments + block.segment) * p.channels + block.channel;
-#if !SCALAR_A
 #pragma unroll
     for (int j = 0; j < 4; j++)
         if (lane.exists && lane.n + j < p.state) ((float*)p.dA)[(at + lane.row) * p.state + lane.n + j] = dA[j];
-#endif
     // Sums over the tokens of a row, whose threads are side by side in `slot`.
     int slot = OWNER == TOKEN_RUNS ? threadIdx.x % QUADS : own_token(0), slots = OWNER == TOKEN_RUNS ? QUADS : HALF;
 #pragma unroll
-    for (int which = SCALAR_A ? 0 : 1; which < 3; which++) {
-        i64 target = which == 0 ? p.dA : which == 1 ? p.dD : p.dbias;
+    for (int which = 0; which < 2; which++) {
+        i64 target = which == 0 ? p.dD : p.dbias;
         if (!target) continue;
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < OWN_ROWS; i++) s.inflow[own_row(i) * slots + slot] = which == 0 ? sum_A[i] : which == 1 ? sum_D[i] : sum_bias[i];
+        for (int i = 0; i < OWN_ROWS; i++) s.inflow[own_row(i) * slots + slot] = which == 0 ? sum_D[i] : sum_bias[i];
         __syncthreads();
         if (threadIdx.x < block.rows) {
             float sum = 0.0f;
@@ -888,29 +779,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             ((float*)target)[at + threadIdx.x] = sum;
         }
     }
-}
-
-// Adds up what blocks have left of a parameter's gradient: out[o, k] = sum over p of in[o, p, k], `next` floats from one p
-// to the next. The sums of all parameters are made in one launch; the first blocks work on the first.
-struct Sum {
-    i64 in, out, outer, parts, inner, next, element;
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_constant__ Args p) {
-    const Sum* sum = (const Sum*)&p.sums;
-    i64 block = blockIdx.x;
-    while (block >= (sum->outer * sum->inner + THREADS - 1) / THREADS) block -= (sum->outer * sum->inner + THREADS - 1) / THREADS, sum++;
-    i64 index = block * THREADS + threadIdx.x;
-    if (index >= sum->outer * sum->inner) return;
-    const float* from = (const float*)sum->in + index / sum->inner * sum->parts * sum->next + index % sum->inner;
-    float total = 0.0f;
-#pragma unroll 8
-    for (i64 part = 0; part < sum->parts; part++) total += from[part * sum->next];
-#if ELEMENT != 0
-    if (sum->element) {
-        ((element*)sum->out)[index] = narrow(total);
-        return;
-    }
-#endif
-    ((float*)sum->out)[index] = total;
 }

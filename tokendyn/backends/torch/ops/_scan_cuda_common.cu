@@ -1,0 +1,135 @@
+// What the CUDA kernels of the selective scan share: numbers, one product on tensor cores, and the small kernels around
+// the scan. Compiled before a kernel's own text, after `struct Args`, with: ELEMENT 0 float32, 1 bfloat16, 2 float16;
+// THREADS of a block; STATE, the N that states are padded to; PACKED (seq_idx is given); GATED (z is given; backward).
+
+#define LOG2E 1.4426950408889634f
+
+typedef long long i64;
+
+#ifndef EMULATED
+__device__ __forceinline__ float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float narrowed_bits_to_float(unsigned bits) {
+    float y;
+#if ELEMENT == 2
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits));
+#else
+    y = __uint_as_float(bits << 16);
+#endif
+    return y;
+}
+__device__ __forceinline__ unsigned narrow(float x) {
+    unsigned short y;
+#if ELEMENT == 2
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+    return y;
+}
+// Two neighbours in one word, the first in its lower half.
+__device__ __forceinline__ unsigned narrow_pair(float first, float second) {
+    unsigned y;
+#if ELEMENT == 2
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
+#endif
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// d += a b on tensor cores in TF32, which cuts operands after 10 bits, a 16 x 8 and b 8 x 8. Of a lane with g = lane / 4 and q = lane % 4: d holds entries
+// (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1); a holds (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b0 and b1
+// are (q, g) and (q + 4, g).
+__device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+__device__ __forceinline__ unsigned read_flag(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void write_flag(unsigned* p, unsigned v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+#endif
+
+// The bits of a float32 that TF32 keeps.
+__device__ __forceinline__ float high_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+
+#if ELEMENT == 0
+typedef float element;
+#else
+typedef unsigned short element;
+#endif
+
+// ln(1 + e^v) to float32 accuracy for every v: max(v, 0) + 2 artanh(w / (2 + w)), w = e^-|v|.
+__device__ __forceinline__ float softplus(float v) {
+    float w = ex2(-fabsf(v) * LOG2E), s = w * reciprocal(2.0f + w), q = s * s;
+#if ELEMENT == 0
+    float series = fmaf(q, fmaf(q, fmaf(q, fmaf(q, fmaf(q, fmaf(q, fmaf(q, 1.0f / 15, 1.0f / 13), 1.0f / 11), 1.0f / 9),
+                                                1.0f / 7), 1.0f / 5), 1.0f / 3), 1.0f);
+#else
+    float series = fmaf(q, fmaf(q, fmaf(q, fmaf(q, 1.0f / 9, 1.0f / 7), 1.0f / 5), 1.0f / 3), 1.0f);  // to 2e-6
+#endif
+    return fmaf(2.0f * s, series, fmaxf(v, 0.0f));
+}
+__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.0f + ex2(-v * LOG2E)); }
+__device__ __forceinline__ float step_size(const Args& p, float raw) { return p.softplus ? softplus(raw) : raw; }
+
+// Whether a packed sequence begins at token t, so that the state is reset.
+__device__ __forceinline__ bool begins(const Args& p, int batch, int t, int stop) {
+    const i64* row = (const i64*)p.seq_idx + batch * p.length;
+    return t > 0 && t < stop && t < p.length && row[t] != row[t - 1];
+}
+
+// States between segments, slots (b, segments + 1, d, STATE), from the first on (`backwards`: from the last on).
+extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid_constant__ Args p) {
+    i64 size = p.channels * STATE, index = blockIdx.x * (i64)THREADS + threadIdx.x;
+    if (index >= p.batch * size) return;
+    i64 batch = index / size, at = index % size, n = at % STATE;
+    i64 given = p.backwards ? p.last_gradient : p.first_state;
+    float h = given && n < p.state ? ((const float*)given)[(batch * p.channels + at / STATE) * p.state + n] : 0.0f;
+    float* slots = (float*)p.slots + batch * (p.segments + 1) * size + at;
+    slots[p.backwards ? p.segments * size : 0] = h;
+    for (i64 k = 0; k < p.segments; k++) {
+        i64 segment = p.backwards ? p.segments - 1 - k : k, part = (batch * p.segments + segment) * size + at;
+        h = fmaf(((const float*)p.decays)[part], h, ((const float*)p.ends)[part]);
+        slots[(p.backwards ? segment : segment + 1) * size] = h;
+    }
+}
+
+// Adds up what blocks have left of a parameter's gradient: out[o, k] = sum over p of in[o, p, k], `next` floats from one p
+// to the next. The sums of all parameters are made in one launch; the first blocks work on the first.
+struct Sum {
+    i64 in, out, outer, parts, inner, next, element;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_constant__ Args p) {
+    const Sum* sum = (const Sum*)&p.sums;
+    i64 block = blockIdx.x;
+    while (block >= (sum->outer * sum->inner + THREADS - 1) / THREADS) block -= (sum->outer * sum->inner + THREADS - 1) / THREADS, sum++;
+    i64 index = block * THREADS + threadIdx.x;
+    if (index >= sum->outer * sum->inner) return;
+    const float* from = (const float*)sum->in + index / sum->inner * sum->parts * sum->next + index % sum->inner;
+    float total = 0.0f;
+#pragma unroll 8
+    for (i64 part = 0; part < sum->parts; part++) total += from[part * sum->next];
+#if ELEMENT != 0
+    if (sum->element) {
+        ((element*)sum->out)[index] = narrow(total);
+        return;
+    }
+#endif
+    ((float*)sum->out)[index] = total;
+}

@@ -1,0 +1,124 @@
+"""How the cuda engine's kernels divide a call: blocks, segments, shared memory, the compiler's options."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Largest N.
+STATE = 32
+#: Blocks of 128 threads that keep a multiprocessor busy: sequences are cut until there are so many.
+BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
+#: Copies of dB and dC that blocks of channels add to, one after the other, for memory's sake.
+PARTS = 4
+#: What a scan in segments costs beside one in whole sequences, which reads its input once.
+_SEGMENTED = 1.6
+#: Tiles of 16 channels that a block of the scalar kernels can work on.
+_MOST_TILES = 6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One call's division among the blocks of one set of kernels."""
+
+    kernels: str
+    threads: int
+    #: N as states are stored.
+    padded: int
+    #: Tokens between two states that are kept for the backward pass, and how many such chunks there are.
+    chunk: int
+    chunks: int
+    #: Channels of a block, and blocks along the channels of a group.
+    block_rows: int
+    tiles: int
+    segments: int
+    segment_tokens: int
+    #: Elements that a thread loads as one word along tokens, and along channels.
+    token_run: int
+    channel_run: int
+
+    def options(self, element: int, gated: bool, packed: bool, owner: int) -> tuple[str, ...]:
+        """The compiler's options of a variant."""
+        chosen = {"ELEMENT": element, "THREADS": self.threads, "STATE": self.padded, "GATED": int(gated)}
+        chosen |= {"PACKED": int(packed), "OWNER": owner}
+        chosen["FORWARD_BYTES"], chosen["BACKWARD_BYTES"] = self.shared_bytes(gated)
+        if self.kernels == "general":
+            chosen["QUADS"] = self.padded // 4
+        return tuple(f"-D{name}={value}" for name, value in chosen.items())
+
+    def shared_bytes(self, gated: bool) -> tuple[int, int]:
+        """Shared memory of a block of the forward and of the backward kernels."""
+        if self.kernels == "general":
+            return _general_bytes(self.padded // 4, gated)
+        return _scalar_bytes(self.threads // 32, self.padded)
+
+
+@functools.cache
+def source(kernels: str) -> str:
+    """A set of kernels, below what all share and below the structure of their arguments."""
+    from tokendyn.backends.torch.ops._scan_cuda import FIELDS
+
+    fields = "".join(f"    long long {name};\n" for name in FIELDS)
+    folder, name = Path(__file__).parent, "_scan_cuda.cu" if kernels == "general" else "_scan_cuda_scalar.cu"
+    texts = [(folder / file).read_text() for file in ("_scan_cuda_common.cu", name)]
+    return "".join((f"struct Args {{\n{fields}}};\n", *texts))
+
+
+def _general_bytes(quads: int, gated: bool) -> tuple[int, int]:
+    rows, half, state, tile = 128 // quads, 8 * quads, 4 * quads, 8
+
+    def arrays(tokens: int, per_token: int) -> int:
+        return 4 * (per_token * rows * (tokens + 4) + 2 * tokens * (state + 4) + tokens + 2 * rows)
+
+    forward = arrays(half, 2)
+    starts, sums = 2 * half // tile * 128 * 16, 2 * 4 * (2 * tile * 36) * 4
+    backward = arrays(2 * half, 3 + gated) + starts + sums + 4
+    return forward, -(-backward // 16) * 16
+
+
+def _scalar_bytes(warps: int, state: int) -> tuple[int, int]:
+    entries, square, rows = 16 * state, 256, 4 * 16 * _MOST_TILES
+    forward = warps * (entries + max(20 * state, square) + square + 16) + 2 * _MOST_TILES * entries + rows
+    per_warp = 2 * entries + 768 + 2 * square + 4 * 16 * state + 2 * 16 + _MOST_TILES * 3 * 16
+    backward = warps * per_warp + _MOST_TILES * entries + rows + 1
+    return 4 * forward, -(-4 * backward // 16) * 16
+
+
+@functools.cache
+def layout(
+    scalar_A: bool, batch: int, groups: int, group_size: int, length: int, state: int, processors: int, fill: int
+) -> Layout:
+    """The division of a call on a GPU of ``processors`` multiprocessors, ``fill`` blocks of 128 threads each."""
+    if scalar_A:
+        return _scalar(batch * groups, group_size, length, state, processors * fill)
+    quads = 1 << max(0, (-(-state // 4) - 1).bit_length())
+    chunk, block_rows = 16 * quads, 128 // quads
+    tiles, chunks = -(-group_size // block_rows), -(-length // chunk)
+    fit = processors * fill // (batch * groups * tiles)
+    segment = -(-chunks // max(1, min(fit, chunks)))
+    return Layout(
+        "general", 128, 4 * quads, chunk, chunks, block_rows, tiles, -(-chunks // segment), segment * chunk, 8, 8
+    )
+
+
+def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: int) -> Layout:
+    """The fewest rounds of blocks, each round as long as its blocks' tiles times their tokens."""
+    warps = 4 if length <= 64 else 8
+    padded, chunk, tiles = 8 if state <= 8 else 16 if state <= 16 else 32, 16 * warps, -(-group_size // 16)
+    chunks, fit = -(-length // chunk), max(1, blocks * 4 // warps)
+
+    def cost(choice: tuple[int, int]) -> float:
+        most, segment = choice
+        wanted = sequences * -(-tiles // most) * -(-chunks // segment)
+        return -(-wanted // fit) * most * segment * (1.0 if segment >= chunks else _SEGMENTED)
+
+    choices = []
+    for most in range(min(_MOST_TILES, tiles), 0, -1):
+        whole = sequences * -(-tiles // most)
+        for rounds in (1, 2):
+            segments = max(1, min(chunks, rounds * fit // whole))
+            choices += [(most, chunks), (most, -(-chunks // segments))]
+    most, segment = min(choices, key=cost)
+    along, segments = -(-tiles // most), -(-chunks // segment)
+    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, segment * chunk, 4, 2)

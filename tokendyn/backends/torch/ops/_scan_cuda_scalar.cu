@@ -1,0 +1,1078 @@
+// Selective scan for scalar A, N <= 32: products on tensor cores over chunks of 16 tokens.
+//
+// With q_t the sum of -A step_k log2 e over a chunk's tokens k <= t, and x = step u,
+//
+//     y_t = sum_{s <= t} 2^(q_s - q_t) (C_t . B_s) x_s + 2^-q_t (C_t . h_start)
+//
+// C_t . B_s is one matrix M for all channels of a group, and the weight factors: x_s 2^q_s goes in, the result is times
+// 2^-q_t. Where these could leave float32's range (q beyond LIMIT in some channel), where a state grows, or a packed
+// sequence begins inside the chunk, or something is not finite, the warp walks through the chunk token by token, with the
+// weights themselves (`Walk`): right for any decay, several times as slow.
+//
+// A block owns up to MOST_TILES tiles of 16 channels of one batch entry and takes SPAN = 16 x WARPS tokens at a time, 16 a
+// warp, for one tile after the other: M, B and C of a warp's tokens serve all tiles, and dB and dC are summed over the
+// tiles in registers. For each tile the warps' states are joined in shared memory, between two barriers. States are kept
+// before every SPAN for the backward pass. Where batch and channels do not fill the GPU, sequences are cut into segments
+// (`segment_ends`, `join_segments`, `outputs`; `segment_coends`, `join_segments`, `gradients`).
+//
+// Everything is channels x tokens or channels x n. In the operand layouts of `mma`, with g = lane / 4 and q = lane % 4, a
+// lane holds of channels 2g and 2g + 1 the tokens 4q to 4q + 3: as a left operand and as a result alike, because the order
+// of the summed index is free. So no result is moved between lanes before it enters the next product.
+//
+// Compiled at run time with the common text's options and OWNER, how a lane's eight elements are loaded: by runs of tokens,
+// by pairs of channels, or SINGLE ones.
+
+#define WARPS (THREADS / 32)
+#define CHUNK 16
+#define SPAN (CHUNK * WARPS)
+#define ROWS 16
+#define MOST_TILES 6
+#define NT (STATE / 8)
+#define ENTRIES (ROWS * STATE)  // of a tile's state
+#define LIMIT (ELEMENT == 0 ? 32.0f : 60.0f)
+#define TOKEN_RUNS 0
+#define SINGLE 1
+#define CHANNEL_RUNS 2
+#define WORDS (ELEMENT == 0 || OWNER == SINGLE ? 8 : 4)
+#define MATRIX_WORDS (ELEMENT == 0 ? 4 : 2)
+#define TURN_PITCH (STATE > 16 ? STATE : 16)
+#define TURNED (ROWS * TURN_PITCH + 16)
+#define MATRIX_PITCH (CHUNK + 4)
+#define SQUARE (CHUNK * CHUNK)
+
+// An operand of a product. In 16-bit elements it enters as TF32: cut after 10 bits, so made larger by the mean of what is
+// cut (values that TF32 holds are unchanged). In float32 products are made of halves, see `product`.
+__device__ __forceinline__ float operand(float x) { return ELEMENT == 0 ? x : x * (1.0f + 0.7213f / 2048); }
+// The same where other arithmetic needs the very number that the product sees.
+__device__ __forceinline__ float exact_operand(float x) { return ELEMENT == 0 ? x : high_part(operand(x)); }
+
+__device__ __forceinline__ void product(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float a2, float a3, float b0, float b1) {
+#if ELEMENT == 0
+    float c0 = high_part(a0), c1 = high_part(a1), c2 = high_part(a2), c3 = high_part(a3), e0 = high_part(b0), e1 = high_part(b1);
+    mma(d0, d1, d2, d3, a0 - c0, a1 - c1, a2 - c2, a3 - c3, e0, e1);
+    mma(d0, d1, d2, d3, c0, c1, c2, c3, b0 - e0, b1 - e1);
+    mma(d0, d1, d2, d3, c0, c1, c2, c3, e0, e1);
+#else
+    mma(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1);
+#endif
+}
+
+// Column g of the j-th eight columns of a matrix of 8T: of a lane's 2T neighbouring columns, eights have two each.
+template <int T>
+__device__ __forceinline__ int column(int g, int j) { return g / 2 * 2 * T + 2 * j + g % 2; }
+
+// A lane's share of a 16 x 8T matrix: rows g and g + 8, columns 2T q to 2T q + 2T - 1.
+template <int T>
+struct Tile {
+    float v[2][2 * T];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i++) v[h][i] = 0.0f;
+    }
+    template <typename F>
+    __device__ __forceinline__ void each(F f) {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i++) f(v[h][i], h, i);
+    }
+    // Row-major, `pitch` floats a row.
+    __device__ __forceinline__ void read(const float* from, int pitch) {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i += 2) {
+                float2 pair = *(const float2*)(from + (g + 8 * h) * pitch + 2 * T * q + i);
+                v[h][i] = pair.x, v[h][i + 1] = pair.y;
+            }
+    }
+    __device__ __forceinline__ void write(float* to, int pitch) const {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i += 2)
+                *(float2*)(to + (g + 8 * h) * pitch + 2 * T * q + i) = make_float2(v[h][i], v[h][i + 1]);
+    }
+};
+typedef Tile<2> Tokens;
+typedef Tile<NT> State;
+
+// A lane's share of a right operand, 8K x 8T: rows 2K q + 2k + c, columns column<T>(g, j).
+template <int K, int T>
+struct Right {
+    float v[K][T][2];
+    __device__ __forceinline__ float& at(int i) { return v[i / (2 * T)][i / 2 % T][i % 2]; }
+    // In shared memory: all lanes' first four numbers, then their next four...
+    __device__ __forceinline__ void read(const float* from) {
+#pragma unroll
+        for (int i = 0; i < 2 * K * T; i += 4) {
+            float4 four = *(const float4*)(from + i * 32 + threadIdx.x % 32 * 4);
+            at(i) = four.x, at(i + 1) = four.y, at(i + 2) = four.z, at(i + 3) = four.w;
+        }
+    }
+    __device__ __forceinline__ void write(float* to) {
+#pragma unroll
+        for (int i = 0; i < 2 * K * T; i += 4)
+            *(float4*)(to + i * 32 + threadIdx.x % 32 * 4) = make_float4(at(i), at(i + 1), at(i + 2), at(i + 3));
+    }
+};
+
+template <int K, int T>
+__device__ __forceinline__ void multiply(Tile<T>& sum, const Tile<K>& a, const Right<K, T>& b) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+            product(sum.v[0][2 * j], sum.v[0][2 * j + 1], sum.v[1][2 * j], sum.v[1][2 * j + 1], a.v[0][2 * k], a.v[1][2 * k],
+                    a.v[0][2 * k + 1], a.v[1][2 * k + 1], b.v[k][j][0], b.v[k][j][1]);
+}
+// The same with a left operand that lies as a right one: rows column<2>(g, 0) and column<2>(g, 1) of the product.
+template <int K, int T>
+__device__ __forceinline__ void multiply(Tile<T>& sum, const Right<K, 2>& a, const Right<K, T>& b) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+            product(sum.v[0][2 * j], sum.v[0][2 * j + 1], sum.v[1][2 * j], sum.v[1][2 * j + 1], a.v[k][0][0], a.v[k][1][0],
+                    a.v[k][0][1], a.v[k][1][1], b.v[k][j][0], b.v[k][j][1]);
+}
+
+// Turns a matrix of channels x columns so that channels are summed over: rows q, q + 4, q + 8, q + 12 of those in memory.
+// Rows lie so that neither way two lanes meet in a bank.
+template <int T>
+__device__ __forceinline__ Right<2, T> turned(const Tile<T>& tile, float* scratch) {
+    constexpr int pitch = T > 2 ? 8 * T : 16;
+    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < 2 * T; i += 2) {
+            int row = g + 8 * h;
+            *(float2*)(scratch + row * pitch + row / 2 * 2 + 2 * T * q + i) = make_float2(tile.v[h][i], tile.v[h][i + 1]);
+        }
+    __syncwarp();
+    Right<2, T> right;
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                int row = 8 * k + 4 * c + q;
+                right.v[k][j][c] = scratch[row * pitch + row / 2 * 2 + column<T>(g, j)];
+            }
+    return right;
+}
+
+// What a block works on: tiles of 16 channels, and tokens from `first` to `last`.
+struct Block {
+    int batch, group, tile, segment, rows, tiles, first, last;
+    i64 channel;
+    int stop;  // the sequence's length
+    __device__ __forceinline__ Block(const Args& p, int index) {
+        tile = index % (int)p.tiles, index /= (int)p.tiles;
+        segment = index % (int)p.segments, index /= (int)p.segments;
+        group = index % (int)p.groups, batch = index / (int)p.groups;
+        int most = (int)p.block_rows;
+        channel = group * p.group_size + (i64)tile * most;
+        rows = min((int)p.group_size - tile * most, most);
+        tiles = (rows + ROWS - 1) / ROWS;
+        first = segment * (int)p.segment_tokens;
+        last = min(first + (int)p.segment_tokens, (int)p.length);
+        stop = p.lengths ? (int)((const i64*)p.lengths)[batch] : (int)p.length;
+    }
+    // Offset of a tile's entry, row g + 8h as channel 2g + h, in an array (b, slots, d, STATE); -1 where there is none.
+    __device__ __forceinline__ i64 slot(const Args& p, i64 slots, i64 index, int which, int entry) const {
+        int row = entry / STATE, at = which * ROWS + row % 8 * 2 + row / 8;
+        return at < rows ? ((batch * slots + index) * p.channels + channel + at) * STATE + entry % STATE : -1;
+    }
+    // The same in a user's (b, d, N) array.
+    __device__ __forceinline__ i64 given(const Args& p, int which, int entry) const {
+        int row = entry / STATE, at = which * ROWS + row % 8 * 2 + row / 8;
+        return at < rows && entry % STATE < p.state ? (batch * p.channels + channel + at) * p.state + entry % STATE : -1;
+    }
+};
+
+// A lane's eight elements as they are loaded.
+struct Eight {
+    unsigned words[WORDS];
+    __device__ __forceinline__ float get(int h, int i) const {
+#if ELEMENT == 0
+        return __uint_as_float(words[4 * h + i]);
+#else
+        unsigned word = OWNER == SINGLE ? words[4 * h + i] : OWNER == TOKEN_RUNS ? words[2 * h + i / 2] : words[i];
+        bool upper = OWNER == SINGLE ? false : OWNER == TOKEN_RUNS ? i % 2 : h;
+#if ELEMENT == 1
+        return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+#else
+        return narrowed_bits_to_float(upper ? word >> 16 : word & 0xffffu);
+#endif
+#endif
+    }
+    __device__ __forceinline__ void set_bits(int h, int i, element x) {
+#if ELEMENT == 0
+        words[4 * h + i] = __float_as_uint(x);
+#else
+        if (OWNER == SINGLE) {
+            words[4 * h + i] = x;
+        } else {
+            unsigned& word = words[OWNER == TOKEN_RUNS ? 2 * h + i / 2 : i];
+            word = (OWNER == TOKEN_RUNS ? i % 2 : h) ? (word & 0xffffu) | (unsigned)x << 16 : (unsigned)x;
+        }
+#endif
+    }
+    __device__ __forceinline__ element bits(int h, int i) const {
+#if ELEMENT == 0
+        return __uint_as_float(words[4 * h + i]);
+#else
+        if (OWNER == SINGLE) return (element)words[4 * h + i];
+        unsigned word = words[OWNER == TOKEN_RUNS ? 2 * h + i / 2 : i];
+        return (element)((OWNER == TOKEN_RUNS ? i % 2 : h) ? word >> 16 : word & 0xffffu);
+#endif
+    }
+    __device__ __forceinline__ explicit Eight() {}
+    __device__ __forceinline__ explicit Eight(const Tokens& x) {
+#if ELEMENT == 0
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[i] = __float_as_uint(x.v[i / 4][i % 4]);
+#else
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            words[i] = OWNER == SINGLE       ? narrow(x.v[i / 4 % 2][i % 4])
+                       : OWNER == TOKEN_RUNS ? narrow_pair(x.v[i / 2 % 2][i % 2 * 2], x.v[i / 2 % 2][i % 2 * 2 + 1])
+                                             : narrow_pair(x.v[0][i % 4], x.v[1][i % 4]);
+#endif
+    }
+};
+
+// A (b, d, L) array as a lane sees it.
+struct View {
+    element* base;
+    i64 row, token;
+    bool runs;
+    __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block)
+        : row(row_stride), token(token_stride), runs(OWNER != SINGLE && runs_ != 0) {
+        base = (element*)address + block.batch * batch_stride + block.channel * row_stride;
+    }
+    __device__ __forceinline__ element* first(int tile, int start) const {
+        return base + (tile * ROWS + threadIdx.x % 32 / 4 * 2) * row + (start + threadIdx.x % 4 * 4) * token;
+    }
+    __device__ __forceinline__ Eight load(const Block& block, int tile, int start) const {
+        const element* from = first(tile, start);
+        int rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+        Eight got;
+        if (runs && rows >= 2 && tokens >= 4) {
+#if ELEMENT == 0 && OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint4 v = *(const uint4*)(from + h * row);
+                got.words[4 * h] = v.x, got.words[4 * h + 1] = v.y, got.words[4 * h + 2] = v.z, got.words[4 * h + 3] = v.w;
+            }
+#elif OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint2 v = *(const uint2*)(from + h * row);
+                got.words[2 * h] = v.x, got.words[2 * h + 1] = v.y;
+            }
+#elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint2 v = *(const uint2*)(from + i * token);
+                got.words[i] = v.x, got.words[4 + i] = v.y;
+            }
+#elif OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) got.words[i] = *(const unsigned*)(from + i * token);
+#endif
+        } else {
+            element single[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) single[i] = i / 4 < rows && i % 4 < tokens ? from[i / 4 * row + i % 4 * token] : (element)0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) got.set_bits(i / 4, i % 4, single[i]);
+        }
+        return got;
+    }
+    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int start) const {
+        element* to = first(tile, start);
+        int rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+        Eight out(values);
+        if (runs && rows >= 2 && tokens >= 4) {
+#if ELEMENT == 0 && OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                *(uint4*)(to + h * row) = make_uint4(out.words[4 * h], out.words[4 * h + 1], out.words[4 * h + 2], out.words[4 * h + 3]);
+#elif OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++) *(uint2*)(to + h * row) = make_uint2(out.words[2 * h], out.words[2 * h + 1]);
+#elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) *(uint2*)(to + i * token) = make_uint2(out.words[i], out.words[4 + i]);
+#elif OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) *(unsigned*)(to + i * token) = out.words[i];
+#endif
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (i / 4 < rows && i % 4 < tokens) to[i / 4 * row + i % 4 * token] = out.bits(i / 4, i % 4);
+        }
+    }
+};
+#define VIEW(name) View(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block)
+
+// B or C of a warp's 16 tokens: a lane's four tokens of n = column<NT>(g, j).
+struct Matrix {
+    unsigned words[NT][MATRIX_WORDS];
+    __device__ __forceinline__ void load(const Args& p, const Block& block, i64 base, i64 stride_b, i64 stride_g, i64 stride_n,
+                                         i64 stride_l, int start) {
+        int t = start + threadIdx.x % 4 * 4, tokens = (int)p.length - t;
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            int n = column<NT>(threadIdx.x % 32 / 4, j);
+            const element* from = (const element*)base + block.batch * stride_b + block.group * stride_g + n * stride_n + t * stride_l;
+            if (p.matrix_runs && tokens >= 4 && n < p.state) {
+#if ELEMENT == 0
+                uint4 v = *(const uint4*)from;
+                words[j][0] = v.x, words[j][1] = v.y, words[j][2] = v.z, words[j][3] = v.w;
+#else
+                uint2 v = *(const uint2*)from;
+                words[j][0] = v.x, words[j][1] = v.y;
+#endif
+            } else {
+                element single[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) single[i] = i < tokens && n < p.state ? from[i * stride_l] : (element)0;
+#if ELEMENT == 0
+#pragma unroll
+                for (int i = 0; i < 4; i++) words[j][i] = __float_as_uint(single[i]);
+#else
+                words[j][0] = single[0] | (unsigned)single[1] << 16, words[j][1] = single[2] | (unsigned)single[3] << 16;
+#endif
+            }
+        }
+    }
+    __device__ __forceinline__ float get(int j, int i) const {
+#if ELEMENT == 0
+        return __uint_as_float(words[j][i]);
+#elif ELEMENT == 1
+        return __uint_as_float(i % 2 ? words[j][i / 2] & 0xffff0000u : words[j][i / 2] << 16);
+#else
+        return narrowed_bits_to_float(i % 2 ? words[j][i / 2] >> 16 : words[j][i / 2] & 0xffffu);
+#endif
+    }
+    // As operands: tokens x n, and n x tokens by way of shared memory; 0 past the sequence's end.
+    __device__ __forceinline__ void turn(Right<2, NT>& by_token, Right<NT, 2>& by_n, float* scratch, int tokens) const {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) by_token.v[i / 2][j][i % 2] = 4 * q + i < tokens ? get(j, i) : 0.0f;
+            *(float4*)(scratch + column<NT>(g, j) * MATRIX_PITCH + 4 * q) =
+                make_float4(by_token.v[0][j][0], by_token.v[0][j][1], by_token.v[1][j][0], by_token.v[1][j][1]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < NT; k++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) by_n.v[k][j][c] = scratch[(2 * NT * q + 2 * k + c) * MATRIX_PITCH + column<2>(g, j)];
+    }
+};
+#define LOAD_MATRIX(name, start) name.load(p, block, p.name, p.name##_b, p.name##_g, p.name##_n, p.name##_l, start)
+
+// What a block knows of its channels.
+struct Rows {
+    float bias[MOST_TILES * ROWS], rate[MOST_TILES * ROWS], A[MOST_TILES * ROWS], D[MOST_TILES * ROWS];
+};
+__device__ __forceinline__ void load_rows(Rows& rows, const Args& p, const Block& block) {
+    for (int row = threadIdx.x; row < MOST_TILES * ROWS; row += THREADS) {
+        bool exists = row < block.rows;
+        i64 at = block.channel + row;
+        rows.bias[row] = exists && p.bias ? ((const float*)p.bias)[at] : 0.0f;
+        rows.A[row] = exists ? ((const float*)p.A)[at] : 0.0f;
+        rows.rate[row] = -rows.A[row] * LOG2E;
+        rows.D[row] = exists && p.D ? ((const float*)p.D)[at] : 0.0f;
+    }
+}
+
+// Which of a warp's tokens begin a packed sequence, as bits.
+__device__ __forceinline__ unsigned find_resets(const Args& p, const Block& block, int start) {
+#if PACKED
+    int t = threadIdx.x % 32;
+    return __ballot_sync(~0u, t < CHUNK && begins(p, block.batch, start + t, block.stop));
+#else
+    return 0;
+#endif
+}
+// Whether token s is of the same packed sequence as token t >= s.
+__device__ __forceinline__ bool together(unsigned resets, int s, int t) { return (resets >> (s + 1) & ((1u << (t - s)) - 1)) == 0; }
+
+__device__ __forceinline__ float add_over_quad(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// The steps of a lane's tokens, the inflow x = step u, and the decay exponents; 0 outside the sequence.
+struct Steps {
+    Tokens step, x, s;
+    float total[2];  // exponents over the chunk
+    Tokens q;        // and from its first token on
+    __device__ __forceinline__ Steps(const Args& p, const Block& block, const Rows& rows, const Eight& raw, Tokens& u, int tile, int start) {
+        int g = threadIdx.x % 32 / 4, lane_q = threadIdx.x % 4, valid = min(block.stop, block.last) - start - 4 * lane_q;
+        float2 bias = *(const float2*)(rows.bias + tile * ROWS + 2 * g), rate = *(const float2*)(rows.rate + tile * ROWS + 2 * g);
+        step.each([&](float& v, int h, int i) { v = raw.get(h, i) + (h ? bias.y : bias.x); });
+        if (p.softplus) step.each([&](float& v, int h, int i) { v = softplus(v); });
+        if (min(block.stop, block.last) - start < CHUNK)
+            step.each([&](float& v, int h, int i) {
+                if (i >= valid) v = 0.0f, u.v[h][i] = 0.0f;
+            });
+        x.each([&](float& v, int h, int i) { v = step.v[h][i] * u.v[h][i]; });
+        s.each([&](float& v, int h, int i) { v = step.v[h][i] * (h ? rate.y : rate.x); });
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float sum = q.v[h][0] = s.v[h][0];
+#pragma unroll
+            for (int i = 1; i < 4; i++) q.v[h][i] = sum = sum + s.v[h][i];
+            float neighbour = __shfl_xor_sync(~0u, sum, 1), pair = sum + neighbour, others = __shfl_xor_sync(~0u, pair, 2);
+            total[h] = pair + others;
+            float before = (lane_q & 1 ? neighbour : 0.0f) + (lane_q & 2 ? others : 0.0f);
+#pragma unroll
+            for (int i = 0; i < 4; i++) q.v[h][i] += before;
+        }
+    }
+    // Whether factors 2^q and 2^-q will do in this lane.
+    __device__ __forceinline__ bool tame(float sum) const {
+        unsigned signs = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) signs |= __float_as_uint(s.v[i / 4][i % 4]);
+        return total[0] <= LIMIT && total[1] <= LIMIT && fabsf(sum) < 1e37f && (int)signs >= 0;
+    }
+};
+
+__device__ __forceinline__ float sum_of(const Tokens& x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += x.v[i / 4][i % 4];
+    return sum;
+}
+
+// A chunk token by token: every pair of tokens s <= t of one sequence with the product of the decays at s + 1, ..., t.
+struct Walk {
+    Tokens from_start, to_end;  // weights from the state before the chunk and to the state after it; 0 where cut off
+    float whole[2];             // decay across the chunk
+    // M: as an operand (s x t) in shared memory. In `scratch`, afterwards: y, dx and F (see `gradients`), sums over pairs
+    // s < t of the chunk (forward: y alone, s <= t). G gets the sums over channels of dy_t x_s times the weight.
+    template <bool GRADIENTS>
+    __device__ __forceinline__ void run(const Tokens& s, const Tokens& x, const Tokens& dy, const float* M, unsigned resets, float* scratch, Tokens& G) {
+        int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+        float *decays = scratch, *douts = scratch + SQUARE, *weighted = scratch + 2 * SQUARE;
+        Tokens y, dx, crossing, &weight = to_end;
+        y.each([&](float& v, int h, int i) { v = ex2(-s.v[h][i]); });
+        __syncwarp();
+        y.write(decays, CHUNK);
+        if (GRADIENTS) dy.write(douts, CHUNK);
+        __syncwarp();
+        weight.clear(), y.clear(), dx.clear(), crossing.clear(), from_start.clear();
+        whole[0] = whole[1] = 1.0f;
+#pragma unroll 1
+        for (int t = 0; t < CHUNK; t++) {
+            unsigned begun = resets & ((2u << t) - 1);
+            int begin = begun ? 31 - __clz(begun) : 0;  // of t's sequence
+            const float* from = M + ((t / 4 * 2 + t % 2) * 4 + q) * 4 + t % 4 / 2 * 2;
+            float m[4] = {from[0], from[1], from[128], from[129]}, sum_G = 0.0f;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float d = decays[(g + 8 * h) * CHUNK + t], dout = GRADIENTS ? douts[(g + 8 * h) * CHUNK + t] : 0.0f;
+                float before[4], share[4], sum = 0.0f;
+                whole[h] *= d;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int source = 4 * q + i;
+                    bool in = source >= begin && source <= t, pair = in && (!GRADIENTS || source < t);
+                    weight.v[h][i] = !in ? 0.0f : source < t ? weight.v[h][i] * d : 1.0f;
+                    share[i] = in ? weight.v[h][i] * x.v[h][i] : 0.0f;
+                    before[i] = sum;
+                    sum += pair ? share[i] * m[i] : 0.0f;
+                    if (GRADIENTS && pair) dx.v[h][i] += weight.v[h][i] * dout * m[i];
+                    if (source == t) from_start.v[h][i] = begun ? 0.0f : whole[h];
+                }
+                float neighbour = __shfl_xor_sync(~0u, sum, 1), two = sum + neighbour, others = __shfl_xor_sync(~0u, two, 2);
+                float lower = (q & 1 ? neighbour : 0.0f) + (q & 2 ? others : 0.0f);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (4 * q + i == t) y.v[h][i] = two + others;
+                    if (GRADIENTS && 4 * q + i <= t && 4 * q + i > begin) crossing.v[h][i] += dout * (lower + before[i]);
+                }
+                if (GRADIENTS) *(float4*)(weighted + (g + 8 * h) * CHUNK + 4 * q) = make_float4(share[0], share[1], share[2], share[3]);
+            }
+            if (!GRADIENTS) continue;
+            __syncwarp();
+            if (lane % CHUNK <= t)
+                for (int row = lane / CHUNK; row < ROWS; row += 2) sum_G += douts[row * CHUNK + t] * weighted[row * CHUNK + lane % CHUNK];
+            sum_G += __shfl_xor_sync(~0u, sum_G, 16);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float value = __shfl_sync(~0u, sum_G, 4 * q + i);
+                if (column<2>(g, 0) == t) G.v[0][i] += value;
+                if (column<2>(g, 1) == t) G.v[1][i] += value;
+            }
+        }
+        __syncwarp();
+        y.write(scratch, CHUNK);
+        if (GRADIENTS) dx.write(scratch + SQUARE, CHUNK), crossing.write(scratch + 2 * SQUARE, CHUNK);
+    }
+};
+
+// Loads two values of a lane's rows.
+__device__ __forceinline__ float2 of_rows(const float* array, int tile) {
+    return *(const float2*)(array + tile * ROWS + threadIdx.x % 32 / 4 * 2);
+}
+
+#define FORWARD_SCRATCH (STATE * MATRIX_PITCH > SQUARE ? STATE * MATRIX_PITCH : SQUARE)
+struct ForwardShared {
+    float states[WARPS][ENTRIES];
+    float carry[MOST_TILES][ENTRIES], across[MOST_TILES][ENTRIES];
+    float scratch[WARPS][FORWARD_SCRATCH], M[WARPS][SQUARE];
+    float decays[WARPS][ROWS];
+    Rows rows;
+};
+static_assert(sizeof(ForwardShared) == FORWARD_BYTES, "the launch must know how much shared memory to ask for");
+
+// Joins the states of a tile's chunks: every slot gets the state before its chunk (backwards: after it). The decay
+// across a chunk is negative where a packed sequence begins in it.
+template <bool BACKWARDS>
+__device__ __forceinline__ float join_chunks(float (&states)[WARPS][ENTRIES], const float (&decays)[WARPS][ROWS], int entry, float h, float* across) {
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+        int warp = BACKWARDS ? WARPS - 1 - i : i;
+        float local = states[warp][entry], decay = decays[warp][entry / STATE];
+        states[warp][entry] = h;
+#if PACKED
+        h = decay < 0.0f ? local : fmaf(decay, h, local);
+        if (across) *across = decay < 0.0f ? 0.0f : *across * decay;
+#else
+        h = fmaf(decay, h, local);
+        if (across) *across *= decay;
+#endif
+    }
+    return h;
+}
+
+// The scan of a block's segment. With OUTPUTS: y, states before every SPAN and the last state, from the true first state.
+// Without: the state at the segment's end from zero, and the decay across it.
+template <bool OUTPUTS>
+__device__ __forceinline__ void forward(const Args& p) {
+    extern __shared__ float4 memory[];
+    ForwardShared& shared = *(ForwardShared*)memory;
+    Block block(p, blockIdx.x);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    float* scratch = shared.scratch[warp];
+    load_rows(shared.rows, p, block);
+    for (int tile = 0; tile < block.tiles; tile++)
+        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+            i64 from = !OUTPUTS ? -1 : p.segments > 1 ? block.slot(p, p.segments + 1, block.segment, tile, entry) : p.first_state ? block.given(p, tile, entry) : -1;
+            shared.carry[tile][entry] = from < 0 ? 0.0f : ((const float*)(p.segments > 1 ? p.slots : p.first_state))[from];
+            if (!OUTPUTS) shared.across[tile][entry] = 1.0f;
+        }
+    View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_y = VIEW(y);
+    int start = block.first + warp * CHUNK;
+    Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start);
+    Matrix B, C;
+    LOAD_MATRIX(B, start);
+    if (OUTPUTS) LOAD_MATRIX(C, start);
+    __syncthreads();
+    for (int span = block.first; span < block.last; span += SPAN, start += SPAN) {
+        Right<2, NT> B_by_token, C_by_token;
+        Right<NT, 2> B_by_n, C_by_n;
+        Right<2, 2> M;  // s x t
+        B.turn(B_by_token, B_by_n, scratch, block.stop - start);
+        if (OUTPUTS) {
+            C.turn(C_by_token, C_by_n, scratch, block.stop - start);
+            Tokens products;
+            products.clear();
+            multiply(products, C_by_n, B_by_n);
+            products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f; });
+        }
+        unsigned resets = find_resets(p, block, start);
+        if (span + SPAN < block.last) {
+            LOAD_MATRIX(B, start + SPAN);
+            if (OUTPUTS) LOAD_MATRIX(C, start + SPAN);
+        }
+        for (int tile = 0; tile < block.tiles; tile++) {
+            Tokens u, z;
+            u.each([&](float& v, int h, int i) { v = next_u.get(h, i); });
+            Steps steps(p, block, shared.rows, next_delta, u, tile, start);
+            bool more = tile + 1 < block.tiles;
+            if (more || span + SPAN < block.last) {  // the next tile's loads are under way while this one is worked on
+                int next_tile = more ? tile + 1 : 0, next_start = more ? start : start + SPAN;
+                next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
+            }
+            Eight own_z;
+            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, start);
+            Tokens x, factor;
+            x.each([&](float& v, int h, int i) { v = steps.x.v[h][i] * ex2(steps.q.v[h][i]); });
+            bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(x)));
+            float scale[2], whole[2];
+            if (!walks) {
+                x.each([&](float& v, int h, int i) { v = operand(v), factor.v[h][i] = ex2(-steps.q.v[h][i]); });
+#pragma unroll
+                for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
+            } else {
+                Walk walk;
+                M.write(shared.M[warp]);
+                walk.run<false>(steps.s, steps.x, steps.x, shared.M[warp], resets, scratch, factor);
+                factor = walk.from_start;
+                x.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? operand(steps.x.v[h][i] * walk.to_end.v[h][i]) : 0.0f; });
+#pragma unroll
+                for (int h = 0; h < 2; h++) scale[h] = 1.0f, whole[h] = resets ? -1.0f : walk.whole[h];
+            }
+            State local;
+            local.clear();
+            multiply(local, x, B_by_token);
+            local.each([&](float& v, int h, int i) { v *= scale[h]; });
+            local.write(shared.states[warp], STATE);
+            if (q == 0) shared.decays[warp][g] = whole[0], shared.decays[warp][g + 8] = whole[1];
+            __syncthreads();
+            for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+                float h = shared.carry[tile][entry];
+                i64 at = OUTPUTS && p.keep ? block.slot(p, p.chunks, span / SPAN, tile, entry) : -1;
+                if (at >= 0) ((float*)p.states)[at] = h;
+                shared.carry[tile][entry] = join_chunks<false>(shared.states, shared.decays, entry, h, OUTPUTS ? nullptr : &shared.across[tile][entry]);
+            }
+            __syncthreads();
+            if (!OUTPUTS) continue;
+            State before;
+            before.read(shared.states[warp], STATE);
+            before.each([&](float& v, int h, int i) { v = operand(v); });
+            Tokens out;
+            out.clear();
+            multiply(out, before, C_by_n);
+            if (!walks) {
+                multiply(out, x, M);
+                out.each([&](float& v, int h, int i) { v *= factor.v[h][i]; });
+            } else {
+                Tokens inside;
+                inside.read(scratch, CHUNK);
+                out.each([&](float& v, int h, int i) { v = (together(resets, -1, 4 * q + i) ? v * factor.v[h][i] : 0.0f) + inside.v[h][i]; });
+            }
+            float2 D = of_rows(shared.rows.D, tile);
+            int valid = block.stop - start - 4 * q;
+            out.each([&](float& v, int h, int i) {
+                v = fmaf(h ? D.y : D.x, u.v[h][i], v);
+                if (p.z) v *= own_z.get(h, i) * sigmoid(own_z.get(h, i));
+                if (i >= valid) v = 0.0f;
+            });
+            view_y.store(out, block, tile, start);
+        }
+    }
+    for (int tile = 0; tile < block.tiles; tile++)
+        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+            if (OUTPUTS) {
+                i64 to = p.last_state && block.last == p.length ? block.given(p, tile, entry) : -1;
+                if (to >= 0) ((float*)p.last_state)[to] = shared.carry[tile][entry];
+            } else {
+                i64 to = block.slot(p, p.segments, block.segment, tile, entry);
+                if (to >= 0) ((float*)p.ends)[to] = shared.carry[tile][entry], ((float*)p.decays)[to] = shared.across[tile][entry];
+            }
+        }
+}
+
+#define BLOCKS (STATE > 16 ? 1 : 512 / THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const __grid_constant__ Args p) { forward<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_ends(const __grid_constant__ Args p) { forward<false>(p); }
+
+// The gradient that reaches y before the gate.
+__device__ __forceinline__ void load_gradient(Tokens& dout, const Block& block, const Eight& dy, const Eight& z, int start) {
+    int valid = min(block.stop, block.last) - start - threadIdx.x % 4 * 4;
+    dout.each([&](float& v, int h, int i) {
+        v = dy.get(h, i);
+#if GATED
+        v *= z.get(h, i) * sigmoid(z.get(h, i));
+#endif
+        if (i >= valid) v = 0.0f;
+    });
+}
+
+// Gradient of the state before a segment if that of the state after it were 0, and the decay across the segment.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(const __grid_constant__ Args p) {
+    extern __shared__ float4 memory[];
+    ForwardShared& shared = *(ForwardShared*)memory;
+    Block block(p, blockIdx.x);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    float* scratch = shared.scratch[warp];
+    load_rows(shared.rows, p, block);
+    for (int tile = 0; tile < block.tiles; tile++)
+        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) shared.carry[tile][entry] = 0.0f, shared.across[tile][entry] = 1.0f;
+    View view_dy = VIEW(dy), view_delta = VIEW(delta), view_z = VIEW(z);
+    int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
+    Eight next_dy = view_dy.load(block, 0, start), next_delta = view_delta.load(block, 0, start), own_z;
+    Matrix C;
+    LOAD_MATRIX(C, start);
+    __syncthreads();
+    for (; span >= block.first; span -= SPAN, start -= SPAN) {
+        Right<2, NT> C_by_token;
+        Right<NT, 2> C_by_n;
+        C.turn(C_by_token, C_by_n, scratch, block.stop - start);
+        unsigned resets = find_resets(p, block, start);
+        if (span > block.first) LOAD_MATRIX(C, start - SPAN);
+        for (int tile = 0; tile < block.tiles; tile++) {
+            Tokens dout;
+#if GATED
+            own_z = view_z.load(block, tile, start);
+#endif
+            load_gradient(dout, block, next_dy, own_z, start);
+            Steps steps(p, block, shared.rows, next_delta, dout, tile, start);
+            bool more = tile + 1 < block.tiles;
+            if (more || span > block.first) {
+                int next_tile = more ? tile + 1 : 0, next_start = more ? start : start - SPAN;
+                next_dy = view_dy.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
+            }
+            dout.each([&](float& v, int h, int i) {
+                v = together(resets, -1, 4 * q + i) ? operand(v * ex2(-steps.q.v[h][i])) : 0.0f;
+            });
+            State local;
+            local.clear();
+            multiply(local, dout, C_by_token);
+            local.write(shared.states[warp], STATE);
+            if (q == 0)
+#pragma unroll
+                for (int h = 0; h < 2; h++) shared.decays[warp][g + 8 * h] = resets ? -1.0f : ex2(-steps.total[h]);
+            __syncthreads();
+            for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS)
+                shared.carry[tile][entry] = join_chunks<true>(shared.states, shared.decays, entry, shared.carry[tile][entry], &shared.across[tile][entry]);
+            __syncthreads();
+        }
+    }
+    for (int tile = 0; tile < block.tiles; tile++)
+        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+            i64 to = block.slot(p, p.segments, block.segment, tile, entry);
+            if (to >= 0) ((float*)p.ends)[to] = shared.carry[tile][entry], ((float*)p.decays)[to] = shared.across[tile][entry];
+        }
+}
+
+#define BACKWARD_SCRATCH 768  // floats a warp: a walk's, B or C (n x tokens), or a tile that is turned
+static_assert(BACKWARD_SCRATCH >= 3 * SQUARE && BACKWARD_SCRATCH >= STATE * MATRIX_PITCH && BACKWARD_SCRATCH >= TURNED, "");
+#define OPERAND (CHUNK * STATE)
+struct BackwardShared {
+    float states[WARPS][ENTRIES], costates[WARPS][ENTRIES];
+    float carry[MOST_TILES][ENTRIES];
+    float scratch[WARPS][BACKWARD_SCRATCH];
+    float M[WARPS][2][SQUARE];  // s x t and t x s
+    float B[WARPS][2][OPERAND], C[WARPS][2][OPERAND];  // by token and by n
+    float diagonal[WARPS][CHUNK], decays[WARPS][ROWS];
+    float sums[MOST_TILES][3][WARPS][ROWS];
+    Rows rows;
+    int index;
+};
+static_assert((sizeof(BackwardShared) + 15) / 16 * 16 == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
+
+#define OWN_ENTRIES ((ENTRIES + THREADS - 1) / THREADS)
+
+// All gradients of a segment. F_t, the gradient of token t's log decay, is the sum of all that flows across it: from
+// sources s < t, or the state before the chunk, to targets >= t, or the state after it. Pairs s = t do not cross anything
+// and are kept apart, so that strong decays, which leave nothing else, cancel nothing. Where factors are used, F is a
+// running sum from the chunk's end, of what tokens receive less what they send, made of the very products that y and dx
+// sum, so that its rounding does not accumulate.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __grid_constant__ Args p) {
+    extern __shared__ float4 memory[];
+    BackwardShared& shared = *(BackwardShared*)memory;
+    int index = blockIdx.x;
+    if (p.chain > 1) {  // blocks number themselves as they begin, so that one which waits for another knows that it runs
+        if (threadIdx.x == 0) shared.index = (int)atomicAdd((unsigned*)p.counters, 1u);
+        __syncthreads();
+        index = shared.index;
+    }
+    Block block(p, index);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    float* scratch = shared.scratch[warp];
+    load_rows(shared.rows, p, block);
+    for (int tile = 0; tile < block.tiles; tile++)
+        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+            i64 from = p.segments > 1 ? block.slot(p, p.segments + 1, block.segment + 1, tile, entry) : p.last_gradient ? block.given(p, tile, entry) : -1;
+            shared.carry[tile][entry] = from < 0 ? 0.0f : ((const float*)(p.segments > 1 ? p.slots : p.last_gradient))[from];
+        }
+    for (int i = threadIdx.x; i < MOST_TILES * 3 * WARPS * ROWS; i += THREADS) (&shared.sums[0][0][0][0])[i] = 0.0f;
+    int chained = block.tile % (int)p.chain;
+    i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
+    float* part = (float*)p.parts_out + part_index * 2 * p.state * p.length;
+    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks;
+    View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_dy = VIEW(dy);
+    View view_du = VIEW(du), view_ddelta = VIEW(ddelta), view_dz = VIEW(dz);
+    int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
+    Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start), next_dy = view_dy.load(block, 0, start);
+    Matrix B, C;
+    LOAD_MATRIX(B, start);
+    LOAD_MATRIX(C, start);
+    __syncthreads();
+    for (; span >= block.first; span -= SPAN, start -= SPAN) {
+        {
+            Right<2, NT> by_token;
+            Right<NT, 2> B_by_n, C_by_n;
+            B.turn(by_token, B_by_n, scratch, block.stop - start);
+            by_token.write(shared.B[warp][0]), B_by_n.write(shared.B[warp][1]);
+            C.turn(by_token, C_by_n, scratch, block.stop - start);
+            by_token.write(shared.C[warp][0]), C_by_n.write(shared.C[warp][1]);
+            Tokens products;
+            Right<2, 2> M;
+            products.clear();
+            multiply(products, C_by_n, B_by_n);
+            products.each([&](float& v, int h, int i) {
+                int t = column<2>(g, h), s = 4 * q + i;
+                if (s == t) shared.diagonal[warp][t] = v;
+                M.v[i / 2][h][i % 2] = s < t ? operand(v) : 0.0f;
+            });
+            M.write(shared.M[warp][0]);
+            products.clear();
+            multiply(products, B_by_n, C_by_n);
+            products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = column<2>(g, h) < 4 * q + i ? operand(v) : 0.0f; });
+            M.write(shared.M[warp][1]);
+        }
+        unsigned resets = find_resets(p, block, start);
+        if (span > block.first) {
+            LOAD_MATRIX(B, start - SPAN);
+            LOAD_MATRIX(C, start - SPAN);
+        }
+        __syncwarp();
+        Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
+        State dB, dC;
+        G.clear(), dB.clear(), dC.clear();
+        for (int tile = 0; tile < block.tiles; tile++) {
+            float kept[OWN_ENTRIES];
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                int entry = threadIdx.x + k * THREADS;
+                i64 at = entry < ENTRIES ? block.slot(p, p.chunks, span / SPAN, tile, entry) : -1;
+                kept[k] = at < 0 ? 0.0f : ((const float*)p.states)[at];
+            }
+            Eight own_delta = next_delta, own_dy = next_dy, own_z;
+#if GATED
+            own_z = view_z.load(block, tile, start);
+#endif
+            Tokens u, dout;
+            u.each([&](float& v, int h, int i) { v = next_u.get(h, i); });
+            load_gradient(dout, block, own_dy, own_z, start);
+            Steps steps(p, block, shared.rows, own_delta, u, tile, start);
+            bool more = tile + 1 < block.tiles;
+            if (more || span > block.first) {
+                int next_tile = more ? tile + 1 : 0, next_start = more ? start : start - SPAN;
+                next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
+                next_dy = view_dy.load(block, next_tile, next_start);
+            }
+
+            // What flows from token s is sent[s] times a product, and to token t received[t] times one.
+            Tokens out_factor, in_factor, sent, received;
+            out_factor.each([&](float& v, int h, int i) { v = ex2(steps.q.v[h][i]), sent.v[h][i] = exact_operand(steps.x.v[h][i] * v); });
+            in_factor.each([&](float& v, int h, int i) { v = ex2(-steps.q.v[h][i]), received.v[h][i] = exact_operand(dout.v[h][i] * v); });
+            bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(sent)) || !(fabsf(sum_of(received)) < 1e37f));
+            float scale[2], whole[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
+            if (walks) {
+                Walk walk;
+                walk.run<true>(steps.s, steps.x, dout, shared.M[warp][0], resets, scratch, G);
+                out_factor = walk.to_end, in_factor = walk.from_start;
+                sent.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? exact_operand(steps.x.v[h][i] * out_factor.v[h][i]) : 0.0f; });
+                received.each([&](float& v, int h, int i) { v = together(resets, -1, 4 * q + i) ? exact_operand(dout.v[h][i] * in_factor.v[h][i]) : 0.0f; });
+#pragma unroll
+                for (int h = 0; h < 2; h++) scale[h] = 1.0f, whole[h] = resets ? -1.0f : walk.whole[h];
+            }
+            State state_sum, local;
+            Right<2, NT> by_token;
+            state_sum.clear(), local.clear();
+            by_token.read(shared.B[warp][0]);
+            multiply(state_sum, sent, by_token);
+            by_token.read(shared.C[warp][0]);
+            multiply(local, received, by_token);
+            local.write(shared.costates[warp], STATE);
+            local.each([&](float& v, int h, int i) { v = state_sum.v[h][i] * scale[h]; });
+            local.write(shared.states[warp], STATE);
+            if (q == 0) shared.decays[warp][g] = whole[0], shared.decays[warp][g + 8] = whole[1];
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                int entry = threadIdx.x + k * THREADS;
+                if (entry >= ENTRIES) break;
+                join_chunks<false>(shared.states, shared.decays, entry, kept[k], nullptr);
+                shared.carry[tile][entry] = join_chunks<true>(shared.costates, shared.decays, entry, shared.carry[tile][entry], nullptr);
+            }
+            __syncthreads();
+
+            State before, after;  // the state before the chunk; the gradient of the state after it
+            before.read(shared.states[warp], STATE);
+            after.read(shared.costates[warp], STATE);
+            before.each([&](float& v, int h, int i) { v = exact_operand(v); });
+            after.each([&](float& v, int h, int i) { v = exact_operand(v * scale[h]); });
+            Tokens y, dx;
+            y.clear(), dx.clear();
+            {
+                Right<NT, 2> by_n;
+                by_n.read(shared.C[warp][1]);
+                multiply(y, before, by_n);
+                by_n.read(shared.B[warp][1]);
+                multiply(dx, after, by_n);
+            }
+            Tokens F;
+            if (!walks) {
+                Right<2, 2> M;
+                M.read(shared.M[warp][0]);
+                multiply(y, sent, M);
+                M.read(shared.M[warp][1]);
+                multiply(dx, received, M);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int i = 3; i >= 0; i--) F.v[h][i] = sum = fmaf(received.v[h][i], y.v[h][i], fmaf(-sent.v[h][i], dx.v[h][i], sum));
+                    float through = 0.0f;  // what flows across the chunk's end
+#pragma unroll
+                    for (int i = 0; i < 2 * NT; i++) through = fmaf(state_sum.v[h][i] + before.v[h][i], after.v[h][i], through);
+                    float neighbour = __shfl_xor_sync(~0u, sum, 1), others = __shfl_xor_sync(~0u, sum + neighbour, 2);
+                    float later = add_over_quad(through) + (q & 1 ? 0.0f : neighbour) + (q & 2 ? 0.0f : others);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) F.v[h][i] += later;
+                }
+                y.each([&](float& v, int h, int i) { v *= in_factor.v[h][i]; });
+                dx.each([&](float& v, int h, int i) { v *= out_factor.v[h][i]; });
+            } else {
+                // y and dx hold what comes from and goes to states: cut off where a sequence begins between.
+                Tokens y_inside, dx_inside;
+                y_inside.read(scratch, CHUNK), dx_inside.read(scratch + SQUARE, CHUNK), F.read(scratch + 2 * SQUARE, CHUNK);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float in[4], out[4], sum_in = 0.0f, sum_out = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        bool begun = !together(resets, -1, 4 * q + i), cut = !together(resets, 4 * q + i, CHUNK - 1);
+                        in[i] = begun ? 0.0f : received.v[h][i] * y.v[h][i];
+                        out[i] = cut ? 0.0f : sent.v[h][i] * dx.v[h][i];
+                        y.v[h][i] = (begun ? 0.0f : in_factor.v[h][i] * y.v[h][i]) + y_inside.v[h][i];
+                        dx.v[h][i] = (cut ? 0.0f : out_factor.v[h][i] * dx.v[h][i]) + dx_inside.v[h][i];
+                        F.v[h][i] += sum_out;
+                        sum_out += out[i];
+                    }
+                    float carried = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 2 * NT; i++) carried += resets ? 0.0f : whole[h] * before.v[h][i] * after.v[h][i];
+                    carried = add_over_quad(carried);
+                    float neighbour = __shfl_xor_sync(~0u, sum_out, 1), others = __shfl_xor_sync(~0u, sum_out + neighbour, 2);
+                    float earlier = (q & 1 ? neighbour : 0.0f) + (q & 2 ? others : 0.0f);
+#pragma unroll
+                    for (int i = 3; i >= 0; i--) sum_in += in[i], in[i] = sum_in;
+                    neighbour = __shfl_xor_sync(~0u, sum_in, 1), others = __shfl_xor_sync(~0u, sum_in + neighbour, 2);
+                    float later = (q & 1 ? 0.0f : neighbour) + (q & 2 ? 0.0f : others);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        F.v[h][i] += earlier + later + in[i] + carried;
+                        if (resets >> (4 * q + i) & 1) F.v[h][i] = 0.0f;
+                    }
+                }
+            }
+            {
+                Right<2, 2> sent_turned = turned(sent, scratch), received_turned = turned(received, scratch);
+                multiply(dB, sent_turned, turned(after, scratch));
+                multiply(dC, received_turned, turned(before, scratch));
+                if (!walks) multiply(G, received_turned, sent_turned);
+            }
+
+            float2 D = of_rows(shared.rows.D, tile), A = of_rows(shared.rows.A, tile), bias = of_rows(shared.rows.bias, tile);
+            float4 four = *(const float4*)(shared.diagonal[warp] + 4 * q);
+            float diagonal[4] = {four.x, four.y, four.z, four.w};
+            int valid = min(block.stop, block.last) - start - 4 * q;
+            float sums[2][3];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                sums[h][0] = sums[h][1] = sums[h][2] = 0.0f;
+                float skip = h ? D.y : D.x, rate = h ? A.y : A.x, shift = h ? bias.y : bias.x;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float g_out = dout.v[h][i], value = u.v[h][i], step = steps.step.v[h][i];
+                    float inflow = fmaf(diagonal[i], g_out, dx.v[h][i]), flow = i < valid ? F.v[h][i] : 0.0f;
+#if GATED
+                    float ungated = fmaf(skip, value, fmaf(diagonal[i], steps.x.v[h][i], y.v[h][i])), gate = own_z.get(h, i), part_of_gate = sigmoid(gate);
+                    y.v[h][i] = i < valid ? own_dy.get(h, i) * ungated * part_of_gate * (1.0f + gate * (1.0f - part_of_gate)) : 0.0f;
+#endif
+                    float dstep = fmaf(value, inflow, rate * flow);
+                    if (p.softplus) dstep *= sigmoid(own_delta.get(h, i) + shift);
+                    if (i >= valid) dstep = 0.0f;
+                    sums[h][0] = fmaf(step, flow, sums[h][0]);
+                    sums[h][1] = fmaf(g_out, value, sums[h][1]);
+                    sums[h][2] += dstep;
+                    dx.v[h][i] = i < valid ? fmaf(step, inflow, skip * g_out) : 0.0f;
+                    F.v[h][i] = dstep;
+                }
+            }
+            view_du.store(dx, block, tile, start);
+            view_ddelta.store(F, block, tile, start);
+#if GATED
+            view_dz.store(y, block, tile, start);
+#endif
+#pragma unroll
+            for (int which = 0; which < 3; which++) {
+                float first = add_over_quad(sums[0][which]), second = add_over_quad(sums[1][which]);
+                float* to = shared.sums[tile][which][warp];
+                if (q == 0) to[2 * g] += first, to[2 * g + 1] += second;
+            }
+        }
+
+        // dC_t += sum_{s <= t} G_ts B_s, dB_s += sum_{t >= s} G_ts C_t.
+        G.each([&](float& v, int h, int i) {
+            v = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f;
+        });
+        Right<2, NT> by_token;
+        by_token.read(shared.B[warp][0]);
+        multiply(dC, G, by_token);
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) *(float4*)(scratch + column<2>(g, h) * MATRIX_PITCH + 4 * q) = make_float4(G.v[h][0], G.v[h][1], G.v[h][2], G.v[h][3]);
+        __syncwarp();
+        G.each([&](float& v, int h, int i) { v = scratch[(4 * q + i) * MATRIX_PITCH + column<2>(g, h)]; });
+        by_token.read(shared.C[warp][0]);
+        multiply(dB, G, by_token);
+        int chunk = span / SPAN;
+        if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
+            if (threadIdx.x == 0)
+                while (read_flag(flags + chunk) != (unsigned)chained) {}
+            __syncthreads();
+        }
+#pragma unroll
+        for (int which = 0; which < 2; which++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < 2 * NT; i++) {
+                    int n = 2 * NT * q + i, t = start + column<2>(g, h);
+                    if (n >= p.state || t >= p.length) continue;
+                    float* to = part + (which * p.state + n) * p.length + t;
+                    float sum = t < block.stop ? which ? dC.v[h][i] : dB.v[h][i] : 0.0f;
+                    *to = chained == 0 ? sum : *(volatile float*)to + sum;
+                }
+        if (p.chain > 1) {
+            __threadfence();
+            __syncthreads();
+            if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
+        }
+    }
+    if (p.dfirst && block.segment == 0)
+        for (int tile = 0; tile < block.tiles; tile++)
+            for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
+                i64 to = block.given(p, tile, entry);
+                if (to >= 0) ((float*)p.dfirst)[to] = shared.carry[tile][entry];
+            }
+    __syncthreads();
+    i64 at = ((i64)block.batch * p.segments + block.segment) * p.channels + block.channel;
+    for (int i = threadIdx.x; i < 3 * block.rows; i += THREADS) {
+        int which = i / block.rows, row = i % block.rows;
+        i64 target = which == 0 ? p.dA : which == 1 ? p.dD : p.dbias;
+        float sum = 0.0f;
+        for (int w = 0; w < WARPS; w++) sum += shared.sums[row / ROWS][which][w][row % ROWS];
+        if (target) ((float*)target)[at + row] = sum;
+    }
+}
