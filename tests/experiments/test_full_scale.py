@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +80,8 @@ def test_generators_inside_and_outside() -> None:
 def test_missing_packages_are_named(
     option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
+    for name in ("timm", "timm.data"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(OptionError, match=r"cannot be imported here \(.*timm.*pip install 'tokendyn\[vision\]'"):
         _timm.timm_data()
     tree = write_tree(tmp_path / "tree")
@@ -111,26 +114,47 @@ def test_weights_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "does not fit the model" in capsys.readouterr().err
 
 
+def write_images_like_imagenet(tree: Path, shards: Path) -> None:
+    """Twelve classes of JPEGs, as a tree and, the same bytes in the same order, as shards."""
+    for split, count in (("train", 4), ("val", 2)):
+        (shards / split).mkdir(parents=True)
+        with tarfile.open(shards / split / "0.tar", "w") as archive:
+            for label in range(12):
+                for i in range(count):
+                    place = tree / split / f"n{label:08d}" / f"{i}.jpg"
+                    write_image(place, width=260 + 10 * i, height=240, level=15 * label, seed=i)
+                    archive.add(place, f"{label}-{i}.jpg")
+                    entry = tarfile.TarInfo(f"{label}-{i}.cls")
+                    entry.size = len(str(label))
+                    archive.addfile(entry, io.BytesIO(str(label).encode()))
+
+
 @needs_timm
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["table3_baseline", "table3_reorder"])
-def test_two_steps_at_full_size(preset: str, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for split, count in (("train", 4), ("val", 2)):
-        for label in range(12):
-            for i in range(count):
-                place = tree / split / f"n{label:08d}" / f"{i}.jpg"
-                write_image(place, width=260 + 10 * i, height=240, level=15 * label, seed=i)
-    command = [preset, "--data-dir", str(tree), "--seeds", "0", "--steps", "2", "--batch-size", "4", "--no-compile"]
-    command += ["--log-every", "1", "--evaluate-every", "2", "--checkpoint-every", "1", "--device", "cpu"]
+def test_two_steps_at_full_size(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a tree here and from shards in two workers with the same metrics; the weights evaluate to the last ones."""
+    write_images_like_imagenet(tmp_path / "tree", tmp_path / "shards")
+    command = [preset, "--seeds", "0", "--steps", "2", "--batch-size", "4", "--no-compile", "--device", "cpu"]
+    command += ["--log-every", "1", "--evaluate-every", "2", "--checkpoint-every", "1"]
     found = []
-    for workers in ("0", "2"):
-        out = tmp_path / workers
-        assert main([*command, "--workers", workers, "--out", str(out)]) == 0
+    for data, workers in (("tree", "0"), ("shards", "2")):
+        out = tmp_path / f"out-{data}"
+        options = ["--data-dir", str(tmp_path / data), "--workers", workers, "--out", str(out)]
+        assert main([*command, *options]) == 0
         found.append(read_records(next(out.glob("*/seed-0/metrics.jsonl"))))
     assert found[0] == found[1]
     assert [line["step"] for line in found[0]] == [0, 1, 2, 2]
     assert {"accuracy", "accuracy_top5", "loss"} <= found[0][-1].keys()
+
+    capsys.readouterr()
+    weights = next(tmp_path.glob("out-tree/*/seed-0/checkpoints/step-00000002/model.safetensors"))
+    options = ["--device", "cpu", "--workers", "0", "--data-dir", str(tmp_path / "tree"), "--eval-only", str(weights)]
+    assert main([preset, *options]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert [evaluated[key] for key in ("loss", "accuracy", "accuracy_top5")] == [
+        found[0][-1][key] for key in ("loss", "accuracy", "accuracy_top5")
+    ]
 
 
 @needs_timm
