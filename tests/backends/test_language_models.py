@@ -357,7 +357,7 @@ def test_no_output_sees_a_later_token(name: str, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_is_the_cross_entropy_of_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokendyn.backends.torch.models import _language
+    from tokendyn.backends.torch.models import _token_losses
 
     model = lively(MODELS[name](head_dropout=0.0))
     tokens, targets = ids(3, 8), ids(3, 8, seed=5)
@@ -367,7 +367,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(name: str, monkeypatch: pytest.
     expected.mean().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(_language, "_LOSS_TOKENS", 5)  # 24 tokens in five pieces, made again in the backward pass
+    monkeypatch.setattr(_token_losses, "_TOKENS", 5)  # 24 tokens in five pieces, made again in the backward pass
     losses = model(tokens, targets)
     torch.testing.assert_close(losses, expected.float())
     losses.mean().backward()

@@ -141,8 +141,8 @@ def imdb() -> TextConfig:
             warmup=0.1,
             weight_decay=1.0,
             log_every=65,
-            evaluate_every=390,
-            checkpoint_every=390,
+            evaluate_every=780,
+            checkpoint_every=780,
         ),
     )
 
@@ -159,7 +159,7 @@ def ag_news() -> TextConfig:
             warmup=0.1,
             weight_decay=1.0,
             log_every=50,
-            evaluate_every=250,
-            checkpoint_every=500,
+            evaluate_every=500,
+            checkpoint_every=1_000,
         ),
     )

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tokendyn.backends.torch.ops._precision import without_autocast
+
 _TOKENS = 4096  # whose logits are in memory at one time
 
 
@@ -49,7 +51,8 @@ def _losses(head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
 
 
 def _log_p(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    with without_autocast(logits):  # or it would make a copy in float32 first
+        return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 class KeptGradient(torch.autograd.Function):
