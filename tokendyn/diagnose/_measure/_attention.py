@@ -56,8 +56,8 @@ def measure_attention(capture: Capture, channels: tuple[int, ...] = (), sequence
         "sequences": len(alphas),
         "entropy": None if entropy is None else float(entropy),
         "mean_distance": float(distance.mean()),
-        "sink": [round(float(v), 6) for v in sink],
-        "even": [round(float(v), 6) for v in even],
+        "sink": [round(v, 6) for v in sink.tolist()],
+        "even": [round(v, 6) for v in even.tolist()],
         "first_token_sink": float(sink[0]),
         "first_token_contribution": float(added_sink[0]),
         "first_token_even": float(even[0]),
@@ -76,19 +76,19 @@ def channels_within(d: int, length: int, state: int) -> list[int]:
 
 
 def aggregate(capture: Capture, sequence: int, channels: list[int]) -> tuple[Tensor, Tensor]:
-    """(L, L) means over channels of |P_dlj| and of |P_dlj x_dj|; blocks of channels, never (d, L, L)."""
+    """(L, L) means over channels of |P_dlj| and of |P_dlj x_dj|, on the CPU; blocks of channels, never (d, L, L)."""
     length = capture.u.shape[-1]
-    weights = torch.zeros(length, length)
-    added = torch.zeros(length, length)
-    source = capture.source[sequence].float().abs().cpu()
+    source = capture.source[sequence].float().abs()
+    weights = torch.zeros(length, length, device=source.device)  # summed where the blocks are: these are large
+    added = torch.zeros_like(weights)
     for first in range(0, len(channels), 256):
         part = channels[first : first + 256]
         size = source[part]
         for rows, columns, block in attention_blocks(capture, sequence, part, torch.float32):
-            block = block.abs().cpu()
+            block = block.abs()
             weights[rows, columns] += block.sum(0)
             added[rows, columns] += (block * size[:, None, columns]).sum(0)
-    return weights / len(channels), added / len(channels)
+    return weights.cpu() / len(channels), added.cpu() / len(channels)
 
 
 def rows_to_one(weights: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ def stable_poles(maps: Projections, bias: Tensor | None) -> list[tuple[int, int,
             gap = torch.where(own[poles] > 0, most, least)
             rates = own[poles].abs() * gap
             stable = (gap > 0) & (own[poles] != 0)
-            found += [(start + int(c), sign, float(rates[c])) for c in torch.nonzero(stable).flatten()]
+            places = torch.nonzero(stable).flatten()
+            found += [(start + c, sign, rate) for c, rate in zip(places.tolist(), rates[places].tolist(), strict=True)]
     return found
 
 
@@ -165,4 +166,4 @@ def _plane(unit: Tensor) -> list[list[float]]:
         direction = vectors[:, -1]
     every = max(1, -(-len(unit) // 200))
     points = torch.stack([unit @ unit[0], unit @ direction], dim=-1)[::every]
-    return [[round(float(a), 4), round(float(b), 4)] for a, b in points]
+    return [[round(a, 4), round(b, 4)] for a, b in points.tolist()]
