@@ -102,6 +102,16 @@ static unsigned __ballot_sync(unsigned, bool value) {
 static bool __any_sync(unsigned, bool value) { return __ballot_sync(~0u, value) != 0; }
 static void __syncwarp() { wait_warp(); }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+template <typename T>
+static T __shfl_sync(unsigned, T value, int lane) {
+    static_assert(sizeof(T) == 4);
+    memcpy(&fibres::exchanged[0][threadIdx.x], &value, 4);
+    wait_warp();
+    T other;
+    memcpy(&other, &fibres::exchanged[0][threadIdx.x / 32 * 32 + lane], 4);
+    wait_warp();
+    return other;
+}
 static unsigned atomicAdd(unsigned* p, unsigned value) {
     unsigned before = *p;
     *p += value;
@@ -111,6 +121,7 @@ static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); ret
 static unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static float reciprocal(float x) { return 1.0f / x; }
 static float ex2(float x) { return exp2f(x); }
+static void forget(unsigned&) {}
 static unsigned read_flag(const unsigned* p) { return *p; }
 static void write_flag(unsigned* p, unsigned value) { *p = value; }
 

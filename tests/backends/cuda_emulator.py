@@ -10,22 +10,23 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tokendyn.backends.torch.ops import _scan_cuda_layout
+from tokendyn.backends.torch.ops import _scan_cuda_layout, _softsort_cuda
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-NAMES = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts")
+SCAN = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts")
+ORDER = ("arrange", "product", "gradients", "finish")
 _FOLDER = tempfile.TemporaryDirectory(prefix="tokendyn-emulator-")
 
 
 @functools.cache
-def _library(source: str, variant: tuple[str, ...]) -> ctypes.CDLL:
+def _library(source: str, variant: tuple[str, ...], kernels: tuple[str, ...]) -> ctypes.CDLL:
     assert COMPILER is not None
     folder = Path(_FOLDER.name)
     name = hashlib.sha256("".join((source, *variant)).encode()).hexdigest()[:16]
     text = "".join(
         f'extern "C" void run_{kernel}(const Args* args, int blocks) {{\n'
         f"    for (int i = 0; i < blocks; i++) blockIdx.x = i, fibres::run_block([&] {{ {kernel}(*args); }});\n}}\n"
-        for kernel in NAMES
+        for kernel in kernels
     )
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"
     code.write_text(f'#include "{Path(__file__).with_suffix(".hpp")}"\n{source}\n{text}')
@@ -34,7 +35,12 @@ def _library(source: str, variant: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+def launch_order(name, variant: tuple[str, ...], blocks: int, arguments: ctypes.Array, device):
+    """In the place of the launch of SoftSort's engine."""
+    getattr(_library(_softsort_cuda.source(), variant, ORDER), f"run_{name}")(arguments, blocks)
+
+
 def launch(kernels, name, variant: tuple[str, ...], threads, shared: int, blocks: int, arguments: ctypes.Array, device):
     """In the place of the engine's own ``launch``."""
     assert shared <= 16 << 14
-    getattr(_library(_scan_cuda_layout.source(kernels), variant), f"run_{name}")(arguments, blocks)
+    getattr(_library(_scan_cuda_layout.source(kernels), variant, SCAN), f"run_{name}")(arguments, blocks)

@@ -120,7 +120,7 @@ FAULTS = {
     "one warp's channels not added": ("warp < WARPS; warp++", "warp < WARPS - 1; warp++", "four lanes"),
     "a state kept too late": ("start % CHUNK == 0", "start % CHUNK == HALF", "four lanes"),
     "scalar A: nothing crosses a chunk's end": (
-        "add_over_quad(through) +",
+        "add_over_quad(through[h]) +",
         "0.0f +",
         "scalar A, spans of 64",
     ),

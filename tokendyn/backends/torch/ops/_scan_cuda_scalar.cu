@@ -84,9 +84,15 @@ struct Tile {
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
-            for (int i = 0; i < 2 * T; i += 2) {
-                float2 pair = *(const float2*)(from + (g + 8 * h) * pitch + 2 * T * q + i);
-                v[h][i] = pair.x, v[h][i + 1] = pair.y;
+            for (int i = 0; i < 2 * T; i += T > 1 ? 4 : 2) {
+                const float* at = from + (g + 8 * h) * pitch + 2 * T * q + i;
+                if (T > 1) {
+                    float4 four = *(const float4*)at;
+                    v[h][i] = four.x, v[h][i + 1] = four.y, v[h][(i + 2) % (2 * T)] = four.z, v[h][(i + 3) % (2 * T)] = four.w;
+                } else {
+                    float2 two = *(const float2*)at;
+                    v[h][i] = two.x, v[h][i + 1] = two.y;
+                }
             }
     }
     __device__ __forceinline__ void write(float* to, int pitch) const {
@@ -94,8 +100,13 @@ struct Tile {
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
-            for (int i = 0; i < 2 * T; i += 2)
-                *(float2*)(to + (g + 8 * h) * pitch + 2 * T * q + i) = make_float2(v[h][i], v[h][i + 1]);
+            for (int i = 0; i < 2 * T; i += T > 1 ? 4 : 2) {
+                float* at = to + (g + 8 * h) * pitch + 2 * T * q + i;
+                if (T > 1)
+                    *(float4*)at = make_float4(v[h][i], v[h][i + 1], v[h][(i + 2) % (2 * T)], v[h][(i + 3) % (2 * T)]);
+                else
+                    *(float2*)at = make_float2(v[h][i], v[h][i + 1]);
+            }
     }
 };
 typedef Tile<2> Tokens;
@@ -186,17 +197,29 @@ struct Block {
         last = min(first + (int)p.segment_tokens, (int)p.length);
         stop = p.lengths ? (int)((const i64*)p.lengths)[batch] : (int)p.length;
     }
-    // Offset of a tile's entry, row g + 8h as channel 2g + h, in an array (b, slots, d, STATE); -1 where there is none.
-    __device__ __forceinline__ i64 slot(const Args& p, i64 slots, i64 index, int which, int entry) const {
-        int row = entry / STATE, at = which * ROWS + row % 8 * 2 + row / 8;
-        return at < rows ? ((batch * slots + index) * p.channels + channel + at) * STATE + entry % STATE : -1;
-    }
-    // The same in a user's (b, d, N) array.
-    __device__ __forceinline__ i64 given(const Args& p, int which, int entry) const {
-        int row = entry / STATE, at = which * ROWS + row % 8 * 2 + row / 8;
-        return at < rows && entry % STATE < p.state ? (batch * p.channels + channel + at) * p.state + entry % STATE : -1;
+    // Where the first channel lies in an array (b, slots, d, STATE).
+    __device__ __forceinline__ float* slot(const Args& p, i64 array, i64 slots, i64 index) const {
+        return (float*)array + ((batch * slots + index) * p.channels + channel) * STATE;
     }
 };
+
+// An entry of tiles' states that a thread passes from warp to warp: of row g + 8h, which is channel 2g + h of its tile.
+struct Entry {
+    int number, channel, n;
+    bool exists;  // some tiles have fewer entries than the block has threads
+    __device__ __forceinline__ explicit Entry(int k) {
+        number = threadIdx.x + k * THREADS;
+        exists = ENTRIES % THREADS == 0 || number < ENTRIES;
+        channel = number / STATE % 8 * 2 + number / STATE / 8, n = number % STATE;
+    }
+    __device__ __forceinline__ bool within(const Block& block, int tile) const { return exists && tile * ROWS + channel < block.rows; }
+    // Where it lies from a slot's first channel on, and in a user's (b, d, N) array.
+    __device__ __forceinline__ int offset(int tile) const { return (tile * ROWS + channel) * STATE + n; }
+    __device__ __forceinline__ float* given(const Args& p, const Block& block, i64 array, int tile) const {
+        return array && within(block, tile) && n < p.state ? (float*)array + (block.batch * p.channels + block.channel + tile * ROWS + channel) * p.state + n : nullptr;
+    }
+};
+#define OWN_ENTRIES ((ENTRIES + THREADS - 1) / THREADS)
 
 // A lane's eight elements as they are loaded.
 struct Eight {
@@ -235,6 +258,10 @@ struct Eight {
         return (element)((OWNER == TOKEN_RUNS ? i % 2 : h) ? word >> 16 : word & 0xffffu);
 #endif
     }
+    __device__ __forceinline__ void forget() {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) ::forget(words[i]);
+    }
     __device__ __forceinline__ explicit Eight() {}
     __device__ __forceinline__ explicit Eight(const Tokens& x) {
 #if ELEMENT == 0
@@ -252,19 +279,19 @@ struct Eight {
 
 // A (b, d, L) array as a lane sees it.
 struct View {
-    element* base;
+    element* base;  // the block's first channel
+    unsigned lane;  // from there to the lane's first element; the launch sees to it that this is enough
     i64 row, token;
     bool runs;
     __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block)
         : row(row_stride), token(token_stride), runs(OWNER != SINGLE && runs_ != 0) {
         base = (element*)address + block.batch * batch_stride + block.channel * row_stride;
+        lane = threadIdx.x % 32 / 4 * 2 * (unsigned)row_stride + (threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4) * (unsigned)token_stride;
     }
-    __device__ __forceinline__ element* first(int tile, int start) const {
-        return base + (tile * ROWS + threadIdx.x % 32 / 4 * 2) * row + (start + threadIdx.x % 4 * 4) * token;
-    }
-    __device__ __forceinline__ Eight load(const Block& block, int tile, int start) const {
-        const element* from = first(tile, start);
-        int rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+    __device__ __forceinline__ element* at(int tile, int span) const { return base + (tile * (ROWS * row) + span * token) + lane; }
+    __device__ __forceinline__ Eight load(const Block& block, int tile, int span) const {
+        const element* from = at(tile, span);
+        int start = span + threadIdx.x / 32 * CHUNK, rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
         Eight got;
         if (runs && rows >= 2 && tokens >= 4) {
 #if ELEMENT == 0 && OWNER == TOKEN_RUNS
@@ -298,9 +325,9 @@ struct View {
         }
         return got;
     }
-    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int start) const {
-        element* to = first(tile, start);
-        int rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int span) const {
+        element* to = at(tile, span);
+        int start = span + threadIdx.x / 32 * CHUNK, rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
         Eight out(values);
         if (runs && rows >= 2 && tokens >= 4) {
 #if ELEMENT == 0 && OWNER == TOKEN_RUNS
@@ -538,23 +565,30 @@ __device__ __forceinline__ float2 of_rows(const float* array, int tile) {
 
 #define FORWARD_SCRATCH (STATE * MATRIX_PITCH > SQUARE ? STATE * MATRIX_PITCH : SQUARE)
 struct ForwardShared {
-    float states[WARPS][ENTRIES];
+    struct {
+        float states[ENTRIES], scratch[FORWARD_SCRATCH], M[SQUARE];
+    } of[WARPS];  // each warp's own; states are joined by all threads
     float carry[MOST_TILES][ENTRIES], across[MOST_TILES][ENTRIES];
-    float scratch[WARPS][FORWARD_SCRATCH], M[WARPS][SQUARE];
-    float decays[WARPS][ROWS];
+    float decays[ROWS][WARPS];
     Rows rows;
 };
 static_assert(sizeof(ForwardShared) == FORWARD_BYTES, "the launch must know how much shared memory to ask for");
 
-// Joins the states of a tile's chunks: every slot gets the state before its chunk (backwards: after it). The decay
+// Joins the states of a tile's chunks, PITCH floats apart: every slot gets the state before its chunk (backwards: after it). The decay
 // across a chunk is negative where a packed sequence begins in it.
-template <bool BACKWARDS>
-__device__ __forceinline__ float join_chunks(float (&states)[WARPS][ENTRIES], const float (&decays)[WARPS][ROWS], int entry, float h, float* across) {
+template <bool BACKWARDS, int PITCH>
+__device__ __forceinline__ float join_chunks(float* states, const float (&decays)[ROWS][WARPS], int entry, float h, float* across) {
+    float over[WARPS];
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp += 4) {
+        float4 four = *(const float4*)&decays[entry / STATE][warp];
+        over[warp] = four.x, over[warp + 1] = four.y, over[warp + 2] = four.z, over[warp + 3] = four.w;
+    }
 #pragma unroll
     for (int i = 0; i < WARPS; i++) {
         int warp = BACKWARDS ? WARPS - 1 - i : i;
-        float local = states[warp][entry], decay = decays[warp][entry / STATE];
-        states[warp][entry] = h;
+        float local = states[warp * PITCH + entry], decay = over[warp];
+        states[warp * PITCH + entry] = h;
 #if PACKED
         h = decay < 0.0f ? local : fmaf(decay, h, local);
         if (across) *across = decay < 0.0f ? 0.0f : *across * decay;
@@ -566,6 +600,46 @@ __device__ __forceinline__ float join_chunks(float (&states)[WARPS][ENTRIES], co
     return h;
 }
 
+// The states that a segment's blocks begin with: what another segment has left, or the user's.
+__device__ __forceinline__ void begin_states(float (&carry)[MOST_TILES][ENTRIES], const Args& p, const Block& block, i64 given, int slot) {
+    const float* slots = block.slot(p, p.slots, p.segments + 1, slot);
+#pragma unroll 1
+    for (int tile = 0; tile < block.tiles; tile++)
+#pragma unroll
+        for (int k = 0; k < OWN_ENTRIES; k++) {
+            Entry entry(k);
+            const float* from = p.segments == 1 ? entry.given(p, block, given, tile) : entry.within(block, tile) ? slots + entry.offset(tile) : nullptr;
+            if (entry.exists) carry[tile][entry.number] = from ? *from : 0.0f;
+        }
+}
+// A segment of which only the end and the decay across it are wanted.
+__device__ __forceinline__ void begin_segment(float (&carry)[MOST_TILES][ENTRIES], float (&across)[MOST_TILES][ENTRIES], const Block& block) {
+#pragma unroll 1
+    for (int tile = 0; tile < block.tiles; tile++)
+        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) carry[tile][entry] = 0.0f, across[tile][entry] = 1.0f;
+}
+__device__ __forceinline__ void end_segment(const float (&carry)[MOST_TILES][ENTRIES], const float (&across)[MOST_TILES][ENTRIES], const Args& p, const Block& block) {
+    float *ends = block.slot(p, p.ends, p.segments, block.segment), *decays = block.slot(p, p.decays, p.segments, block.segment);
+#pragma unroll 1
+    for (int tile = 0; tile < block.tiles; tile++)
+#pragma unroll
+        for (int k = 0; k < OWN_ENTRIES; k++) {
+            Entry entry(k);
+            if (entry.within(block, tile)) ends[entry.offset(tile)] = carry[tile][entry.number], decays[entry.offset(tile)] = across[tile][entry.number];
+        }
+}
+// Gives the user the states that blocks end with.
+__device__ __forceinline__ void end_states(const float (&carry)[MOST_TILES][ENTRIES], const Args& p, const Block& block, i64 given) {
+#pragma unroll 1
+    for (int tile = 0; tile < block.tiles; tile++)
+#pragma unroll
+        for (int k = 0; k < OWN_ENTRIES; k++) {
+            Entry entry(k);
+            float* to = entry.given(p, block, given, tile);
+            if (to) *to = carry[tile][entry.number];
+        }
+}
+
 // The scan of a block's segment. With OUTPUTS: y, states before every SPAN and the last state, from the true first state.
 // Without: the state at the segment's end from zero, and the decay across it.
 template <bool OUTPUTS>
@@ -574,17 +648,16 @@ __device__ __forceinline__ void forward(const Args& p) {
     ForwardShared& shared = *(ForwardShared*)memory;
     Block block(p, blockIdx.x);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    float* scratch = shared.scratch[warp];
+    auto& own = shared.of[warp];
+    float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
-    for (int tile = 0; tile < block.tiles; tile++)
-        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
-            i64 from = !OUTPUTS ? -1 : p.segments > 1 ? block.slot(p, p.segments + 1, block.segment, tile, entry) : p.first_state ? block.given(p, tile, entry) : -1;
-            shared.carry[tile][entry] = from < 0 ? 0.0f : ((const float*)(p.segments > 1 ? p.slots : p.first_state))[from];
-            if (!OUTPUTS) shared.across[tile][entry] = 1.0f;
-        }
+    if (OUTPUTS)
+        begin_states(shared.carry, p, block, p.first_state, block.segment);
+    else
+        begin_segment(shared.carry, shared.across, block);
     View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_y = VIEW(y);
     int start = block.first + warp * CHUNK;
-    Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start);
+    Eight next_u = view_u.load(block, 0, block.first), next_delta = view_delta.load(block, 0, block.first);
     Matrix B, C;
     LOAD_MATRIX(B, start);
     if (OUTPUTS) LOAD_MATRIX(C, start);
@@ -602,6 +675,7 @@ __device__ __forceinline__ void forward(const Args& p) {
             products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f; });
         }
         unsigned resets = find_resets(p, block, start);
+        float* kept = block.slot(p, p.states, p.chunks, span / SPAN);
         if (span + SPAN < block.last) {
             LOAD_MATRIX(B, start + SPAN);
             if (OUTPUTS) LOAD_MATRIX(C, start + SPAN);
@@ -612,11 +686,11 @@ __device__ __forceinline__ void forward(const Args& p) {
             Steps steps(p, block, shared.rows, next_delta, u, tile, start);
             bool more = tile + 1 < block.tiles;
             if (more || span + SPAN < block.last) {  // the next tile's loads are under way while this one is worked on
-                int next_tile = more ? tile + 1 : 0, next_start = more ? start : start + SPAN;
-                next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
+                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span + SPAN;
+                next_u = view_u.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
             }
             Eight own_z;
-            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, start);
+            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, span);
             Tokens x, factor;
             x.each([&](float& v, int h, int i) { v = steps.x.v[h][i] * ex2(steps.q.v[h][i]); });
             bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(x)));
@@ -627,8 +701,8 @@ __device__ __forceinline__ void forward(const Args& p) {
                 for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
             } else {
                 Walk walk;
-                M.write(shared.M[warp]);
-                walk.run<false>(steps.s, steps.x, steps.x, shared.M[warp], resets, scratch, factor);
+                M.write(own.M);
+                walk.run<false>(steps.s, steps.x, steps.x, own.M, resets, scratch, factor);
                 factor = walk.from_start;
                 x.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? operand(steps.x.v[h][i] * walk.to_end.v[h][i]) : 0.0f; });
 #pragma unroll
@@ -638,19 +712,21 @@ __device__ __forceinline__ void forward(const Args& p) {
             local.clear();
             multiply(local, x, B_by_token);
             local.each([&](float& v, int h, int i) { v *= scale[h]; });
-            local.write(shared.states[warp], STATE);
-            if (q == 0) shared.decays[warp][g] = whole[0], shared.decays[warp][g + 8] = whole[1];
+            local.write(own.states, STATE);
+            if (q == 0) shared.decays[g][warp] = whole[0], shared.decays[g + 8][warp] = whole[1];
             __syncthreads();
-            for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
-                float h = shared.carry[tile][entry];
-                i64 at = OUTPUTS && p.keep ? block.slot(p, p.chunks, span / SPAN, tile, entry) : -1;
-                if (at >= 0) ((float*)p.states)[at] = h;
-                shared.carry[tile][entry] = join_chunks<false>(shared.states, shared.decays, entry, h, OUTPUTS ? nullptr : &shared.across[tile][entry]);
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                Entry entry(k);
+                if (!entry.exists) break;
+                float& carry = shared.carry[tile][entry.number];
+                if (OUTPUTS && p.keep && entry.within(block, tile)) kept[entry.offset(tile)] = carry;
+                carry = join_chunks<false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, carry, OUTPUTS ? nullptr : &shared.across[tile][entry.number]);
             }
             __syncthreads();
             if (!OUTPUTS) continue;
             State before;
-            before.read(shared.states[warp], STATE);
+            before.read(own.states, STATE);
             before.each([&](float& v, int h, int i) { v = operand(v); });
             Tokens out;
             out.clear();
@@ -664,25 +740,19 @@ __device__ __forceinline__ void forward(const Args& p) {
                 out.each([&](float& v, int h, int i) { v = (together(resets, -1, 4 * q + i) ? v * factor.v[h][i] : 0.0f) + inside.v[h][i]; });
             }
             float2 D = of_rows(shared.rows.D, tile);
-            int valid = block.stop - start - 4 * q;
-            out.each([&](float& v, int h, int i) {
-                v = fmaf(h ? D.y : D.x, u.v[h][i], v);
-                if (p.z) v *= own_z.get(h, i) * sigmoid(own_z.get(h, i));
-                if (i >= valid) v = 0.0f;
-            });
-            view_y.store(out, block, tile, start);
+            out.each([&](float& v, int h, int i) { v = fmaf(h ? D.y : D.x, u.v[h][i], v); });
+            if (p.z) out.each([&](float& v, int h, int i) { v *= own_z.get(h, i) * sigmoid(own_z.get(h, i)); });
+            if (block.stop - start < CHUNK)
+                out.each([&](float& v, int h, int i) {
+                    if (4 * q + i >= block.stop - start) v = 0.0f;
+                });
+            view_y.store(out, block, tile, span);
         }
     }
-    for (int tile = 0; tile < block.tiles; tile++)
-        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
-            if (OUTPUTS) {
-                i64 to = p.last_state && block.last == p.length ? block.given(p, tile, entry) : -1;
-                if (to >= 0) ((float*)p.last_state)[to] = shared.carry[tile][entry];
-            } else {
-                i64 to = block.slot(p, p.segments, block.segment, tile, entry);
-                if (to >= 0) ((float*)p.ends)[to] = shared.carry[tile][entry], ((float*)p.decays)[to] = shared.across[tile][entry];
-            }
-        }
+    if (!OUTPUTS)
+        end_segment(shared.carry, shared.across, p, block);
+    else if (block.last == p.length)
+        end_states(shared.carry, p, block, p.last_state);
 }
 
 #define BLOCKS (STATE > 16 ? 1 : 512 / THREADS)
@@ -697,8 +767,11 @@ __device__ __forceinline__ void load_gradient(Tokens& dout, const Block& block, 
 #if GATED
         v *= z.get(h, i) * sigmoid(z.get(h, i));
 #endif
-        if (i >= valid) v = 0.0f;
     });
+    if (min(block.stop, block.last) - start < CHUNK)
+        dout.each([&](float& v, int h, int i) {
+            if (i >= valid) v = 0.0f;
+        });
 }
 
 // Gradient of the state before a segment if that of the state after it were 0, and the decay across the segment.
@@ -707,13 +780,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     ForwardShared& shared = *(ForwardShared*)memory;
     Block block(p, blockIdx.x);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    float* scratch = shared.scratch[warp];
+    auto& own = shared.of[warp];
+    float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
-    for (int tile = 0; tile < block.tiles; tile++)
-        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) shared.carry[tile][entry] = 0.0f, shared.across[tile][entry] = 1.0f;
+    begin_segment(shared.carry, shared.across, block);
     View view_dy = VIEW(dy), view_delta = VIEW(delta), view_z = VIEW(z);
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
-    Eight next_dy = view_dy.load(block, 0, start), next_delta = view_delta.load(block, 0, start), own_z;
+    Eight next_dy = view_dy.load(block, 0, span), next_delta = view_delta.load(block, 0, span), own_z;
     Matrix C;
     LOAD_MATRIX(C, start);
     __syncthreads();
@@ -726,14 +799,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
         for (int tile = 0; tile < block.tiles; tile++) {
             Tokens dout;
 #if GATED
-            own_z = view_z.load(block, tile, start);
+            own_z = view_z.load(block, tile, span);
 #endif
             load_gradient(dout, block, next_dy, own_z, start);
             Steps steps(p, block, shared.rows, next_delta, dout, tile, start);
             bool more = tile + 1 < block.tiles;
             if (more || span > block.first) {
-                int next_tile = more ? tile + 1 : 0, next_start = more ? start : start - SPAN;
-                next_dy = view_dy.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
+                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span - SPAN;
+                next_dy = view_dy.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
             }
             dout.each([&](float& v, int h, int i) {
                 v = together(resets, -1, 4 * q + i) ? operand(v * ex2(-steps.q.v[h][i])) : 0.0f;
@@ -741,40 +814,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
             State local;
             local.clear();
             multiply(local, dout, C_by_token);
-            local.write(shared.states[warp], STATE);
+            local.write(own.states, STATE);
             if (q == 0)
 #pragma unroll
-                for (int h = 0; h < 2; h++) shared.decays[warp][g + 8 * h] = resets ? -1.0f : ex2(-steps.total[h]);
+                for (int h = 0; h < 2; h++) shared.decays[g + 8 * h][warp] = resets ? -1.0f : ex2(-steps.total[h]);
             __syncthreads();
-            for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS)
-                shared.carry[tile][entry] = join_chunks<true>(shared.states, shared.decays, entry, shared.carry[tile][entry], &shared.across[tile][entry]);
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                Entry entry(k);
+                if (!entry.exists) break;
+                float& carry = shared.carry[tile][entry.number];
+                carry = join_chunks<true, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, carry, &shared.across[tile][entry.number]);
+            }
             __syncthreads();
         }
     }
-    for (int tile = 0; tile < block.tiles; tile++)
-        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
-            i64 to = block.slot(p, p.segments, block.segment, tile, entry);
-            if (to >= 0) ((float*)p.ends)[to] = shared.carry[tile][entry], ((float*)p.decays)[to] = shared.across[tile][entry];
-        }
+    end_segment(shared.carry, shared.across, p, block);
 }
 
 #define BACKWARD_SCRATCH 768  // floats a warp: a walk's, B or C (n x tokens), or a tile that is turned
 static_assert(BACKWARD_SCRATCH >= 3 * SQUARE && BACKWARD_SCRATCH >= STATE * MATRIX_PITCH && BACKWARD_SCRATCH >= TURNED, "");
 #define OPERAND (CHUNK * STATE)
 struct BackwardShared {
-    float states[WARPS][ENTRIES], costates[WARPS][ENTRIES];
+    struct {
+        float states[ENTRIES], costates[ENTRIES], scratch[BACKWARD_SCRATCH];
+        float M[2][SQUARE];                    // s x t and t x s
+        float B[2][OPERAND], C[2][OPERAND];    // by token and by n
+        float diagonal[CHUNK];
+    } of[WARPS];  // each warp's own; states and costates are joined by all threads
     float carry[MOST_TILES][ENTRIES];
-    float scratch[WARPS][BACKWARD_SCRATCH];
-    float M[WARPS][2][SQUARE];  // s x t and t x s
-    float B[WARPS][2][OPERAND], C[WARPS][2][OPERAND];  // by token and by n
-    float diagonal[WARPS][CHUNK], decays[WARPS][ROWS];
+    float decays[ROWS][WARPS];
     float sums[MOST_TILES][3][WARPS][ROWS];
     Rows rows;
     int index;
 };
 static_assert((sizeof(BackwardShared) + 15) / 16 * 16 == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
-
-#define OWN_ENTRIES ((ENTRIES + THREADS - 1) / THREADS)
 
 // All gradients of a segment. F_t, the gradient of token t's log decay, is the sum of all that flows across it: from
 // sources s < t, or the state before the chunk, to targets >= t, or the state after it. Pairs s = t do not cross anything
@@ -792,13 +866,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     }
     Block block(p, index);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    float* scratch = shared.scratch[warp];
+    auto& own = shared.of[warp];
+    float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
-    for (int tile = 0; tile < block.tiles; tile++)
-        for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
-            i64 from = p.segments > 1 ? block.slot(p, p.segments + 1, block.segment + 1, tile, entry) : p.last_gradient ? block.given(p, tile, entry) : -1;
-            shared.carry[tile][entry] = from < 0 ? 0.0f : ((const float*)(p.segments > 1 ? p.slots : p.last_gradient))[from];
-        }
+    begin_states(shared.carry, p, block, p.last_gradient, block.segment + 1);
     for (int i = threadIdx.x; i < MOST_TILES * 3 * WARPS * ROWS; i += THREADS) (&shared.sums[0][0][0][0])[i] = 0.0f;
     int chained = block.tile % (int)p.chain;
     i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
@@ -807,7 +878,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_dy = VIEW(dy);
     View view_du = VIEW(du), view_ddelta = VIEW(ddelta), view_dz = VIEW(dz);
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
-    Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start), next_dy = view_dy.load(block, 0, start);
+    Eight next_u = view_u.load(block, 0, span), next_delta = view_delta.load(block, 0, span), next_dy = view_dy.load(block, 0, span);
     Matrix B, C;
     LOAD_MATRIX(B, start);
     LOAD_MATRIX(C, start);
@@ -817,25 +888,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             Right<2, NT> by_token;
             Right<NT, 2> B_by_n, C_by_n;
             B.turn(by_token, B_by_n, scratch, block.stop - start);
-            by_token.write(shared.B[warp][0]), B_by_n.write(shared.B[warp][1]);
+            by_token.write(own.B[0]), B_by_n.write(own.B[1]);
             C.turn(by_token, C_by_n, scratch, block.stop - start);
-            by_token.write(shared.C[warp][0]), C_by_n.write(shared.C[warp][1]);
+            by_token.write(own.C[0]), C_by_n.write(own.C[1]);
             Tokens products;
             Right<2, 2> M;
             products.clear();
             multiply(products, C_by_n, B_by_n);
             products.each([&](float& v, int h, int i) {
                 int t = column<2>(g, h), s = 4 * q + i;
-                if (s == t) shared.diagonal[warp][t] = v;
+                if (s == t) own.diagonal[t] = v;
                 M.v[i / 2][h][i % 2] = s < t ? operand(v) : 0.0f;
             });
-            M.write(shared.M[warp][0]);
+            M.write(own.M[0]);
             products.clear();
             multiply(products, B_by_n, C_by_n);
             products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = column<2>(g, h) < 4 * q + i ? operand(v) : 0.0f; });
-            M.write(shared.M[warp][1]);
+            M.write(own.M[1]);
         }
         unsigned resets = find_resets(p, block, start);
+        const float* kept_states = block.slot(p, p.states, p.chunks, span / SPAN);
         if (span > block.first) {
             LOAD_MATRIX(B, start - SPAN);
             LOAD_MATRIX(C, start - SPAN);
@@ -848,25 +920,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             float kept[OWN_ENTRIES];
 #pragma unroll
             for (int k = 0; k < OWN_ENTRIES; k++) {
-                int entry = threadIdx.x + k * THREADS;
-                i64 at = entry < ENTRIES ? block.slot(p, p.chunks, span / SPAN, tile, entry) : -1;
-                kept[k] = at < 0 ? 0.0f : ((const float*)p.states)[at];
+                Entry entry(k);
+                kept[k] = entry.within(block, tile) ? kept_states[entry.offset(tile)] : 0.0f;
             }
-            Eight own_delta = next_delta, own_dy = next_dy, own_z;
+            Eight own_u = next_u, own_delta = next_delta, own_dy = next_dy, own_z;
 #if GATED
-            own_z = view_z.load(block, tile, start);
+            own_z = view_z.load(block, tile, span);
 #endif
             Tokens u, dout;
-            u.each([&](float& v, int h, int i) { v = next_u.get(h, i); });
+            u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
             load_gradient(dout, block, own_dy, own_z, start);
             Steps steps(p, block, shared.rows, own_delta, u, tile, start);
-            bool more = tile + 1 < block.tiles;
-            if (more || span > block.first) {
-                int next_tile = more ? tile + 1 : 0, next_start = more ? start : start - SPAN;
-                next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
-                next_dy = view_dy.load(block, next_tile, next_start);
-            }
-
             // What flows from token s is sent[s] times a product, and to token t received[t] times one.
             Tokens out_factor, in_factor, sent, received;
             out_factor.each([&](float& v, int h, int i) { v = ex2(steps.q.v[h][i]), sent.v[h][i] = exact_operand(steps.x.v[h][i] * v); });
@@ -877,65 +941,68 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
             if (walks) {
                 Walk walk;
-                walk.run<true>(steps.s, steps.x, dout, shared.M[warp][0], resets, scratch, G);
+                walk.run<true>(steps.s, steps.x, dout, own.M[0], resets, scratch, G);
                 out_factor = walk.to_end, in_factor = walk.from_start;
                 sent.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? exact_operand(steps.x.v[h][i] * out_factor.v[h][i]) : 0.0f; });
                 received.each([&](float& v, int h, int i) { v = together(resets, -1, 4 * q + i) ? exact_operand(dout.v[h][i] * in_factor.v[h][i]) : 0.0f; });
 #pragma unroll
                 for (int h = 0; h < 2; h++) scale[h] = 1.0f, whole[h] = resets ? -1.0f : walk.whole[h];
             }
-            State state_sum, local;
-            Right<2, NT> by_token;
-            state_sum.clear(), local.clear();
-            by_token.read(shared.B[warp][0]);
-            multiply(state_sum, sent, by_token);
-            by_token.read(shared.C[warp][0]);
-            multiply(local, received, by_token);
-            local.write(shared.costates[warp], STATE);
-            local.each([&](float& v, int h, int i) { v = state_sum.v[h][i] * scale[h]; });
-            local.write(shared.states[warp], STATE);
-            if (q == 0) shared.decays[warp][g] = whole[0], shared.decays[warp][g + 8] = whole[1];
+            {
+                State local;
+                Right<2, NT> by_token;
+                local.clear();
+                by_token.read(own.B[0]);
+                multiply(local, sent, by_token);
+                local.each([&](float& v, int h, int i) { v *= scale[h]; });
+                local.write(own.states, STATE);
+                local.clear();
+                by_token.read(own.C[0]);
+                multiply(local, received, by_token);
+                local.write(own.costates, STATE);
+            }
+            if (q == 0) shared.decays[g][warp] = whole[0], shared.decays[g + 8][warp] = whole[1];
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < OWN_ENTRIES; k++) {
-                int entry = threadIdx.x + k * THREADS;
-                if (entry >= ENTRIES) break;
-                join_chunks<false>(shared.states, shared.decays, entry, kept[k], nullptr);
-                shared.carry[tile][entry] = join_chunks<true>(shared.costates, shared.decays, entry, shared.carry[tile][entry], nullptr);
+                Entry entry(k);
+                if (!entry.exists) break;
+                float& carry = shared.carry[tile][entry.number];
+                join_chunks<false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, kept[k], nullptr);
+                carry = join_chunks<true, sizeof(shared.of[0]) / 4>(shared.of[0].costates, shared.decays, entry.number, carry, nullptr);
             }
             __syncthreads();
-
             State before, after;  // the state before the chunk; the gradient of the state after it
-            before.read(shared.states[warp], STATE);
-            after.read(shared.costates[warp], STATE);
+            before.read(own.states, STATE);
+            after.read(own.costates, STATE);
             before.each([&](float& v, int h, int i) { v = exact_operand(v); });
             after.each([&](float& v, int h, int i) { v = exact_operand(v * scale[h]); });
             Tokens y, dx;
             y.clear(), dx.clear();
             {
                 Right<NT, 2> by_n;
-                by_n.read(shared.C[warp][1]);
+                by_n.read(own.C[1]);
                 multiply(y, before, by_n);
-                by_n.read(shared.B[warp][1]);
+                by_n.read(own.B[1]);
                 multiply(dx, after, by_n);
             }
             Tokens F;
             if (!walks) {
+                float through[2] = {0.0f, 0.0f};  // what flows across the chunk's end
+                before.each([&](float& v, int h, int i) { through[h] = fmaf(v, after.v[h][i], through[h]); });
+                sent.each([&](float& v, int h, int i) { through[h] = fmaf(v, dx.v[h][i], through[h]); });
                 Right<2, 2> M;
-                M.read(shared.M[warp][0]);
+                M.read(own.M[0]);
                 multiply(y, sent, M);
-                M.read(shared.M[warp][1]);
+                M.read(own.M[1]);
                 multiply(dx, received, M);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float sum = 0.0f;
 #pragma unroll
                     for (int i = 3; i >= 0; i--) F.v[h][i] = sum = fmaf(received.v[h][i], y.v[h][i], fmaf(-sent.v[h][i], dx.v[h][i], sum));
-                    float through = 0.0f;  // what flows across the chunk's end
-#pragma unroll
-                    for (int i = 0; i < 2 * NT; i++) through = fmaf(state_sum.v[h][i] + before.v[h][i], after.v[h][i], through);
                     float neighbour = __shfl_xor_sync(~0u, sum, 1), others = __shfl_xor_sync(~0u, sum + neighbour, 2);
-                    float later = add_over_quad(through) + (q & 1 ? 0.0f : neighbour) + (q & 2 ? 0.0f : others);
+                    float later = add_over_quad(through[h]) + (q & 1 ? 0.0f : neighbour) + (q & 2 ? 0.0f : others);
 #pragma unroll
                     for (int i = 0; i < 4; i++) F.v[h][i] += later;
                 }
@@ -982,10 +1049,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                 if (!walks) multiply(G, received_turned, sent_turned);
             }
 
+            bool more = tile + 1 < block.tiles;
+            if (more || span > block.first) {  // the next tile's loads are under way while this one's gradients are made
+                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span - SPAN;
+                next_u = view_u.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
+                next_dy = view_dy.load(block, next_tile, next_span);
+            }
+
             float2 D = of_rows(shared.rows.D, tile), A = of_rows(shared.rows.A, tile), bias = of_rows(shared.rows.bias, tile);
-            float4 four = *(const float4*)(shared.diagonal[warp] + 4 * q);
+            float4 four = *(const float4*)(own.diagonal + 4 * q);
             float diagonal[4] = {four.x, four.y, four.z, four.w};
+            own_u.forget(), own_dy.forget();
+            u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
+            load_gradient(dout, block, own_dy, own_z, start);
             int valid = min(block.stop, block.last) - start - 4 * q;
+            if (min(block.stop, block.last) - start < CHUNK)
+                u.each([&](float& v, int h, int i) {
+                    if (i >= valid) v = F.v[h][i] = 0.0f;
+                });
             float sums[2][3];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -994,31 +1075,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float g_out = dout.v[h][i], value = u.v[h][i], step = steps.step.v[h][i];
-                    float inflow = fmaf(diagonal[i], g_out, dx.v[h][i]), flow = i < valid ? F.v[h][i] : 0.0f;
+                    float inflow = fmaf(diagonal[i], g_out, dx.v[h][i]), flow = F.v[h][i];
 #if GATED
                     float ungated = fmaf(skip, value, fmaf(diagonal[i], steps.x.v[h][i], y.v[h][i])), gate = own_z.get(h, i), part_of_gate = sigmoid(gate);
-                    y.v[h][i] = i < valid ? own_dy.get(h, i) * ungated * part_of_gate * (1.0f + gate * (1.0f - part_of_gate)) : 0.0f;
+                    y.v[h][i] = own_dy.get(h, i) * ungated * part_of_gate * (1.0f + gate * (1.0f - part_of_gate));
 #endif
                     float dstep = fmaf(value, inflow, rate * flow);
                     if (p.softplus) dstep *= sigmoid(own_delta.get(h, i) + shift);
-                    if (i >= valid) dstep = 0.0f;
                     sums[h][0] = fmaf(step, flow, sums[h][0]);
                     sums[h][1] = fmaf(g_out, value, sums[h][1]);
-                    sums[h][2] += dstep;
-                    dx.v[h][i] = i < valid ? fmaf(step, inflow, skip * g_out) : 0.0f;
+                    dx.v[h][i] = fmaf(step, inflow, skip * g_out);
                     F.v[h][i] = dstep;
                 }
             }
-            view_du.store(dx, block, tile, start);
-            view_ddelta.store(F, block, tile, start);
+            if (min(block.stop, block.last) - start < CHUNK)
+                F.each([&](float& v, int h, int i) {
+                    if (i >= valid) v = dx.v[h][i] = y.v[h][i] = 0.0f;
+                });
+            F.each([&](float& v, int h, int i) { sums[h][2] += v; });
+            view_du.store(dx, block, tile, span);
+            view_ddelta.store(F, block, tile, span);
 #if GATED
-            view_dz.store(y, block, tile, start);
+            view_dz.store(y, block, tile, span);
 #endif
 #pragma unroll
-            for (int which = 0; which < 3; which++) {
-                float first = add_over_quad(sums[0][which]), second = add_over_quad(sums[1][which]);
-                float* to = shared.sums[tile][which][warp];
-                if (q == 0) to[2 * g] += first, to[2 * g + 1] += second;
+            for (int which = 0; which < 3; which++) {  // lanes with odd q take the second channel
+                float sum = (q & 1 ? sums[1][which] : sums[0][which]) + __shfl_xor_sync(~0u, q & 1 ? sums[0][which] : sums[1][which], 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (q < 2) shared.sums[tile][which][warp][2 * g + q] += sum;
             }
         }
 
@@ -1027,14 +1111,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             v = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f;
         });
         Right<2, NT> by_token;
-        by_token.read(shared.B[warp][0]);
+        by_token.read(own.B[0]);
         multiply(dC, G, by_token);
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; h++) *(float4*)(scratch + column<2>(g, h) * MATRIX_PITCH + 4 * q) = make_float4(G.v[h][0], G.v[h][1], G.v[h][2], G.v[h][3]);
         __syncwarp();
         G.each([&](float& v, int h, int i) { v = scratch[(4 * q + i) * MATRIX_PITCH + column<2>(g, h)]; });
-        by_token.read(shared.C[warp][0]);
+        by_token.read(own.C[0]);
         multiply(dB, G, by_token);
         int chunk = span / SPAN;
         if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
@@ -1060,12 +1144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
         }
     }
-    if (p.dfirst && block.segment == 0)
-        for (int tile = 0; tile < block.tiles; tile++)
-            for (int entry = threadIdx.x; entry < ENTRIES; entry += THREADS) {
-                i64 to = block.given(p, tile, entry);
-                if (to >= 0) ((float*)p.dfirst)[to] = shared.carry[tile][entry];
-            }
+    if (block.segment == 0) end_states(shared.carry, p, block, p.dfirst);
     __syncthreads();
     i64 at = ((i64)block.batch * p.segments + block.segment) * p.channels + block.channel;
     for (int i = threadIdx.x; i < 3 * block.rows; i += THREADS) {
