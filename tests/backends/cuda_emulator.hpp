@@ -1,6 +1,7 @@
 // Runs a CUDA kernel on the CPU, block after block, every thread of a block a fibre: enough of CUDA's language for our
 // kernels, so that their logic can be tested where there is no GPU. Included before the kernels' source.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -33,13 +34,13 @@ float4 memory[1 << 14];
 
 namespace fibres {
 constexpr int count = THREADS, stack_bytes = 1 << 17;
-static ucontext_t scheduler, contexts[count];
+static ucontext_t context;
+static jmp_buf scheduler, waiting[count];  // a jump costs no system call, where swapcontext costs two
 static std::vector<char> stacks(static_cast<size_t>(count) * stack_bytes);
-static bool done[count];
+static enum { NEW, WAITING, DONE } state[count];
 
 static void wait_turn() {
-    unsigned self = threadIdx.x;
-    swapcontext(&contexts[self], &scheduler);
+    if (!_setjmp(waiting[threadIdx.x])) _longjmp(scheduler, 1);
 }
 
 struct Barrier {
@@ -57,19 +58,19 @@ static float exchanged[6][count];
 template <typename F>
 void run_block(F kernel) {
     static F* running;
-    running = &kernel;
-    for (int i = 0; i < count; i++) {
-        done[i] = false;
-        getcontext(&contexts[i]);
-        contexts[i].uc_stack.ss_sp = stacks.data() + static_cast<size_t>(i) * stack_bytes;
-        contexts[i].uc_stack.ss_size = stack_bytes;
-        contexts[i].uc_link = &scheduler;
-        makecontext(&contexts[i], (void (*)()) + [] { (*running)(); done[threadIdx.x] = true; }, 0);
-    }
-    for (bool any = true; any;) {
-        any = false;
-        for (int i = 0; i < count; i++)
-            if (!done[i]) any = true, threadIdx.x = i, swapcontext(&scheduler, &contexts[i]);
+    static int turn, left;
+    running = &kernel, left = count;
+    for (turn = 0; turn < count; turn++) state[turn] = NEW;
+    for (turn = 0; left; turn = (turn + 1) % count) {
+        if (state[turn] == DONE || _setjmp(scheduler)) continue;
+        threadIdx.x = turn;
+        if (state[turn] == WAITING) _longjmp(waiting[turn], 1);
+        state[turn] = WAITING;
+        getcontext(&context);
+        context.uc_stack.ss_sp = stacks.data() + static_cast<size_t>(turn) * stack_bytes;
+        context.uc_stack.ss_size = stack_bytes;
+        makecontext(&context, (void (*)()) + [] { (*running)(), state[threadIdx.x] = DONE, left--, _longjmp(scheduler, 1); }, 0);
+        setcontext(&context);
     }
 }
 }  // namespace fibres

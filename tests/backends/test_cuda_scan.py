@@ -88,8 +88,30 @@ def test_sequences_in_segments_agree_with_the_spec(name):
     check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
 
 
-def test_padding_reaches_nothing():
-    values = arguments("padding", 2, 16, 40, 8, packed=True, padded=True)
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is planted in what the CPU runs")
+def test_walks_token_by_token_agree_with_the_spec(monkeypatch):
+    source = _scan_cuda_layout.source("scalar")
+    always = source.replace("total[0] <= LIMIT", "total[0] < 0.0f")
+    assert always != source
+    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: always)
+    check(_scan_cuda.run, arguments("walks", 1, 18, 40, 5, scalar=True), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["u", "delta"])
+def test_scalar_A_what_is_not_a_number_reaches_the_tokens_after_it(name):
+    given = tensors(arguments("NaN", 1, 3, 40, 5, scalar=True, without=("z",)), torch.float32, False)
+    clean = _scan_cuda.run(**given)
+    with torch.no_grad():
+        given[name][0, 1, 20] = float("nan")
+    y = _scan_cuda.run(**given).detach()
+    assert torch.isnan(y[0, 1, 20:]).all()
+    y[0, 1, 20:] = clean[0, 1, 20:]
+    torch.testing.assert_close(y, clean)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_padding_reaches_nothing(scalar):
+    values = arguments("padding", 2, 16, 40, 8, packed=True, padded=True, scalar=scalar)
     clean = evaluate(_scan_cuda.run, tensors(values, torch.float32, False))
     for key in ("u", "delta", "z", "B", "C"):
         for batch, length in enumerate(values["lengths"]):

@@ -24,6 +24,11 @@ GPU_SIZES = {
     "channels last": {"b": 2, "d": 256, "L": 600, "N": 16, "last": True},
     "scalar A": {"b": 2, "d": 256, "L": 1024, "N": 16, "scalar": True},
     "scalar A, odd": {"b": 2, "d": 200, "L": 777, "N": 9, "G": 2, "packed": True, "padded": True, "scalar": True},
+    "scalar A, channels last": {"b": 2, "d": 250, "L": 600, "N": 16, "last": True, "scalar": True},
+    "scalar A, short": {"b": 64, "d": 160, "L": 49, "N": 8, "scalar": True},
+    "scalar A, one long sequence": {"b": 1, "d": 64, "L": 5000, "N": 32, "scalar": True},
+    "scalar A, decays of all sizes": {"b": 2, "d": 128, "L": 500, "N": 16, "scalar": True, "scale": 8.0},
+    "scalar A, huge steps": {"b": 2, "d": 128, "L": 500, "N": 16, "scalar": True, "scale": 1e3},
 }
 
 

@@ -551,6 +551,7 @@ struct Walk {
                 if (column<2>(g, 0) == t) G.v[0][i] += value;
                 if (column<2>(g, 1) == t) G.v[1][i] += value;
             }
+            __syncwarp();
         }
         __syncwarp();
         y.write(scratch, CHUNK);
