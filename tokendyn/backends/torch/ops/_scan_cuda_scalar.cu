@@ -40,15 +40,22 @@
 #define MATRIX_PITCH (CHUNK + 4)
 #define SQUARE (CHUNK * CHUNK)
 
+// The number nearest to a float32 that TF32 holds. (What is not a number may lose that here, but not in x - nearest(x).)
+__device__ __forceinline__ float nearest(float x) { return high_part(__uint_as_float(__float_as_uint(x) + 0x1000u)); }
+
 // An operand of a product. In 16-bit elements it enters as TF32: cut after 10 bits, so made larger by the mean of what is
-// cut (values that TF32 holds are unchanged). In float32 products are made of halves, see `product`.
+// cut (values that TF32 holds are unchanged). In float32 see `product`.
 __device__ __forceinline__ float operand(float x) { return ELEMENT == 0 ? x : x * (1.0f + 0.7213f / 2048); }
 // The same where other arithmetic needs the very number that the product sees.
 __device__ __forceinline__ float exact_operand(float x) { return ELEMENT == 0 ? x : high_part(operand(x)); }
 
+// In float32 operands enter as sums of two numbers that TF32 holds. The product of the second ones is left out where it is
+// no more than rounding: but not in C_t . B_s, whose terms may cancel.
+template <bool WHOLE = false>
 __device__ __forceinline__ void product(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float a2, float a3, float b0, float b1) {
 #if ELEMENT == 0
-    float c0 = high_part(a0), c1 = high_part(a1), c2 = high_part(a2), c3 = high_part(a3), e0 = high_part(b0), e1 = high_part(b1);
+    float c0 = nearest(a0), c1 = nearest(a1), c2 = nearest(a2), c3 = nearest(a3), e0 = nearest(b0), e1 = nearest(b1);
+    if (WHOLE) mma(d0, d1, d2, d3, a0 - c0, a1 - c1, a2 - c2, a3 - c3, b0 - e0, b1 - e1);
     mma(d0, d1, d2, d3, a0 - c0, a1 - c1, a2 - c2, a3 - c3, e0, e1);
     mma(d0, d1, d2, d3, c0, c1, c2, c3, b0 - e0, b1 - e1);
     mma(d0, d1, d2, d3, c0, c1, c2, c3, e0, e1);
@@ -142,14 +149,14 @@ __device__ __forceinline__ void multiply(Tile<T>& sum, const Tile<K>& a, const R
                     a.v[0][2 * k + 1], a.v[1][2 * k + 1], b.v[k][j][0], b.v[k][j][1]);
 }
 // The same with a left operand that lies as a right one: rows column<2>(g, 0) and column<2>(g, 1) of the product.
-template <int K, int T>
+template <bool WHOLE = false, int K, int T>
 __device__ __forceinline__ void multiply(Tile<T>& sum, const Right<K, 2>& a, const Right<K, T>& b) {
 #pragma unroll
     for (int k = 0; k < K; k++)
 #pragma unroll
         for (int j = 0; j < T; j++)
-            product(sum.v[0][2 * j], sum.v[0][2 * j + 1], sum.v[1][2 * j], sum.v[1][2 * j + 1], a.v[k][0][0], a.v[k][1][0],
-                    a.v[k][0][1], a.v[k][1][1], b.v[k][j][0], b.v[k][j][1]);
+            product<WHOLE>(sum.v[0][2 * j], sum.v[0][2 * j + 1], sum.v[1][2 * j], sum.v[1][2 * j + 1], a.v[k][0][0], a.v[k][1][0],
+                           a.v[k][0][1], a.v[k][1][1], b.v[k][j][0], b.v[k][j][1]);
 }
 
 // Turns a matrix of channels x columns so that channels are summed over: rows q, q + 4, q + 8, q + 12 of those in memory.
@@ -672,7 +679,7 @@ __device__ __forceinline__ void forward(const Args& p) {
             C.turn(C_by_token, C_by_n, scratch, block.stop - start);
             Tokens products;
             products.clear();
-            multiply(products, C_by_n, B_by_n);
+            multiply<true>(products, C_by_n, B_by_n);
             products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f; });
         }
         unsigned resets = find_resets(p, block, start);
@@ -895,7 +902,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             Tokens products;
             Right<2, 2> M;
             products.clear();
-            multiply(products, C_by_n, B_by_n);
+            multiply<true>(products, C_by_n, B_by_n);
             products.each([&](float& v, int h, int i) {
                 int t = column<2>(g, h), s = 4 * q + i;
                 if (s == t) own.diagonal[t] = v;
@@ -903,7 +910,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             });
             M.write(own.M[0]);
             products.clear();
-            multiply(products, B_by_n, C_by_n);
+            multiply<true>(products, B_by_n, C_by_n);
             products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = column<2>(g, h) < 4 * q + i ? operand(v) : 0.0f; });
             M.write(own.M[1]);
         }
