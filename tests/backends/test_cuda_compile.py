@@ -15,7 +15,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 # isort: split
 import triton
 
-from tokendyn.backends.torch.ops import _nvrtc, _scan_cuda_layout
+from tokendyn.backends.torch.ops import _nvrtc, _scan_cuda_layout, _softsort_cuda
 
 try:
     _nvrtc.compile_source('extern "C" __global__ void nothing() {}', [], (8, 0))
@@ -39,11 +39,10 @@ def layout(variant: str) -> _scan_cuda_layout.Layout:
     return _scan_cuda_layout.layout(scalar_A, 8, 1, 1536, length, state, 132, 4)
 
 
-def resources(capability: tuple[int, int], variant: str, folder: Path) -> dict[str, tuple[int, int]]:
+def resources(capability: tuple[int, int], source: str, options: tuple[str, ...], folder: Path) -> dict[str, tuple]:
     """Registers and bytes of stack of every kernel."""
-    options = layout(variant).options(*VARIANTS[variant][3:])
-    file = folder / "scan.cubin"
-    file.write_bytes(_nvrtc.compile_source(_scan_cuda_layout.source(layout(variant).kernels), options, capability))
+    file = folder / "kernels.cubin"
+    file.write_bytes(_nvrtc.compile_source(source, options, capability))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
@@ -53,8 +52,18 @@ def resources(capability: tuple[int, int], variant: str, folder: Path) -> dict[s
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 def test_every_kernel_is_compiled_and_fits(capability, variant, tmp_path):
-    found = resources(capability, variant, tmp_path)
+    division = layout(variant)
+    options = division.options(*VARIANTS[variant][3:])
+    found = resources(capability, _scan_cuda_layout.source(division.kernels), options, tmp_path)
     assert set(found) == {"outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts"}
+    assert all(stack <= MOST_STACK for _, stack in found.values()), found
+
+
+@pytest.mark.parametrize("element", [0, 2])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+def test_every_kernel_of_softsort_is_compiled_and_fits(capability, element, tmp_path):
+    found = resources(capability, _softsort_cuda.source(), _softsort_cuda.options(element), tmp_path)
+    assert set(found) == {"arrange", "product", "gradients", "finish"}
     assert all(stack <= MOST_STACK for _, stack in found.values()), found
 
 

@@ -105,11 +105,9 @@ def _triton_declines(call: Call) -> str | None:
     return None
 
 
-def _cuda_scan_declines(call: StepCall) -> str | None:
+def _cuda_declines(call: Call) -> str | None:
     if call.device != "cuda":
         return f"the arrays are on {call.device}, it needs an NVIDIA GPU"
-    if call.state > 32:
-        return f"the state has N = {call.state} entries, it takes at most 32"
     if call.dtype == torch.float64:
         return "it computes in float32, the arrays are float64"
     if not _HAS_NVRTC:
@@ -119,6 +117,12 @@ def _cuda_scan_declines(call: StepCall) -> str | None:
     if call.transformed:
         return "its operator has no rule for torch.func transforms"
     return None
+
+
+def _cuda_scan_declines(call: StepCall) -> str | None:
+    if call.state > 32:
+        return f"the state has N = {call.state} entries, it takes at most 32"
+    return _cuda_declines(call)
 
 
 def _cuda_scan(*args: Any, **options: Any) -> Any:
@@ -149,6 +153,24 @@ def _triton_step(*args: Any, **options: Any) -> Any:
     from tokendyn.backends.torch.ops import _step_triton
 
     return _step_triton.run(*args, **options)
+
+
+def _cuda_order_declines(call: OrderCall) -> str | None:
+    if call.power != 1:
+        return f"the power is {call.power}, it takes 1"
+    return _cuda_declines(call)
+
+
+def _cuda_softsort(*args: Any) -> Any:
+    from tokendyn.backends.torch.ops import _softsort_cuda
+
+    return _softsort_cuda.softsort(*args)
+
+
+def _cuda_softsort_restore(*args: Any) -> Any:
+    from tokendyn.backends.torch.ops import _softsort_cuda
+
+    return _softsort_cuda.softsort_restore(*args)
 
 
 #: Up to this length the kernel makes all pairs of scores in less time than sorting and two scans take.
@@ -210,10 +232,12 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
         Engine("plain", _takes_all, _step_plain.run),
     ),
     "softsort": (
+        Engine("cuda", _cuda_order_declines, _cuda_softsort),
         Engine("triton", _triton_order_declines, _triton_softsort),
         Engine("plain", _takes_all, _softsort_plain.softsort),
     ),
     "softsort_restore": (
+        Engine("cuda", _cuda_order_declines, _cuda_softsort_restore),
         Engine("triton", _triton_order_declines, _triton_softsort_restore),
         Engine("plain", _takes_all, _softsort_plain.softsort_restore),
     ),
