@@ -4,11 +4,11 @@
 JSON after every part, so a run that is cut short leaves what it measured. Models: ours without an order; with the
 published order as its public code computes it (scores, sort, a dense L x L matrix, einsum); with the same order as
 computed here; the PyPI model ``mambavision`` where it is installed (it needs mamba-ssm). All with channels last,
-autocast to bfloat16, fused AdamW and cuDNN's choice of the fastest convolution. ``--compile`` adds ours and the PyPI
-model under torch.compile, ``--graphs`` whole training steps replayed from a CUDA graph, which no time of the host
-slows; ``--profile`` where the time of a training step goes, kernel by kernel.
+autocast to bfloat16, fused AdamW and cuDNN's choice of the fastest convolution. ``--compile`` adds ours under
+torch.compile, ``--graphs`` whole training steps replayed from a CUDA graph, which no time of the host slows;
+``--profile`` where the time of a training step goes, kernel by kernel.
 
-Checked before anything is timed: both ways of ordering give the same outputs in float64, and from the PyPI model's
+Checked too, from the same start: both ways of ordering give the same outputs in float64, and from the PyPI model's
 weights ours gives its outputs and, over 20 training steps on the same fresh batches, its losses. A check that fails
 is reported, and the exit code is 1. Times are medians over bursts of steps in a row, by CUDA events (a clock on a
 CPU), of the models in turn, so that a drift of the machine hits all alike.
@@ -264,14 +264,12 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> float:
     return counter.get_total_flops() / 2 + sum(scans)
 
 
-def where_time_goes(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a step on the clock and of its kernels, and the costliest of these."""
-    if device.type == "cpu":
-        return {}
+def profiled(call: Callable[[], Any]) -> dict[str, Any]:
+    """Milliseconds of a step in which the GPU was busy, how many kernels it ran, and the costliest of these."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         for _ in range(PROFILED_STEPS):
             call()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
     kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     per_step = 1e3 * PROFILED_STEPS
@@ -279,7 +277,11 @@ def where_time_goes(call: Callable[[], Any], device: torch.device) -> dict[str, 
         "busy_ms": sum(event.self_device_time_total for event in kernels) / per_step,
         "kernels": sum(event.count for event in kernels) / PROFILED_STEPS,
         "costliest": [
-            {"kernel": event.key[:120], "ms": event.self_device_time_total / per_step, "calls": event.count / 3}
+            {
+                "kernel": event.key[:120],
+                "ms": event.self_device_time_total / per_step,
+                "calls": event.count / PROFILED_STEPS,
+            }
             for event in kernels[:KERNELS_SHOWN]
         ],
     }
@@ -352,52 +354,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--burst", type=int, default=5, help="steps in a row")
     parser.add_argument("--compile", action="store_true", help="measure under torch.compile too")
     parser.add_argument("--graphs", action="store_true", help="measure training steps replayed from CUDA graphs too")
-    parser.add_argument("--profile", action="store_true", help="list the costliest kernels of a training step")
+    parser.add_argument("--profile", action="store_true", help="list the costliest kernels of a training step (GPU)")
+    parser.add_argument("--no-checks", dest="checks", action="store_false", help="time only")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     report = Report(options)
     rows = report.rows
 
     found = make_models(options)
+    fresh = {name: copy.deepcopy(model.state_dict()) for name, model in found.items()}
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size, generator=generator).to(device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (options.batch,), generator=generator).to(device)
-    torch.backends.cudnn.allow_tf32 = False  # of float32 models, which are compared
-    checks = report.attempt("checks", lambda: check(found, images))
-    torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    print(json.dumps({key: value for key, value in (checks or {}).items() if key != "losses"}))
     for name, model in found.items():
         flops = report.attempt(f"{name}, FLOPs", lambda model=model: count_flops(model.eval(), images[:1]))
         rows[name] = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "gflops": None if flops is None else flops / 1e9,
         }
-        model.train()
-    report.add(checks=checks)
-
+    called: dict[str, tuple[Callable[..., Any], str]] = {name: (model.train(), name) for name, model in found.items()}
     steps: dict[str, Callable[[], Any]] = {}
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def enter(name: str, model: Callable[..., Any], of: str) -> None:
-        """A row of training steps, warmed up, and with ``--graphs`` another one of its replay."""
+    def enter(name: str) -> None:
+        """A row of training steps, warmed up."""
+        model, of = called[name]
         call = Step(model, images, labels).launch
         for _ in range(3):
             call()
-        steps[name] = call
-        rows[name] = rows.get(name) or dict(list(rows[of].items())[:2])
+        rows.setdefault(name, {key: rows[of][key] for key in ("parameters", "gflops")})
         rows[name]["training_bytes"] = training_bytes(found[of], call, device)
-        if options.profile and name.startswith((BASELINE, PUBLIC)):
-            rows[name]["profile"] = where_time_goes(call, device)
-        if options.graphs and of != DENSE and device.type == "cuda":
-            replayed = f"{name}{REPLAYED}"
-
-            def capture() -> None:
-                steps[replayed] = captured(Step(model, images, labels, capturable=True).launch, pool)
-                rows[replayed] = dict(list(rows[of].items())[:2])
-
-            report.attempt(replayed, capture)
+        steps[name] = call
 
     def measure(kind: str, calls: dict[str, Callable[[], Any]]) -> None:
         for name, value in time_in_turn(calls, device, options.repeats, options.burst).items():
@@ -405,34 +393,54 @@ def main(arguments: list[str] | None = None) -> int:
         report.add()
         report.print()
 
-    for name, model in found.items():
-        report.attempt(name, lambda name=name, model=model: enter(name, model, name))
+    for name in found:
+        report.attempt(name, lambda name=name: enter(name))
     measure("training", steps)
-    measure("forward", {name: Forward(model.eval(), images).launch for name, model in found.items()})
     if options.compile:
-        for name in (BASELINE, OURS):
-            compiled = torch.compile(copy.deepcopy(found[name]).train())
-            report.attempt(
-                f"{name}{COMPILED}",
-                lambda name=name, compiled=compiled: enter(f"{name}{COMPILED}", compiled, name),
-            )
-            for model in found.values():
-                model.train()
-            measure("training", steps)
-        forwards = {name: Forward(model.eval(), images).launch for name, model in found.items()}
-        for name in (BASELINE, OURS):
-            compiled = Forward(torch.compile(copy.deepcopy(found[name]).eval()), images).launch
-            if report.attempt(f"{name}{COMPILED}, forward", compiled) is not None:
-                forwards[f"{name}{COMPILED}"] = compiled
-                rows.setdefault(f"{name}{COMPILED}", dict(list(rows[name].items())[:2]))
+        for of in (BASELINE, OURS):
+            name = f"{of}{COMPILED}"
+            called[name] = torch.compile(copy.deepcopy(found[of])), of
+            report.attempt(name, lambda name=name: enter(name))
+        measure("training", steps)
+    if options.graphs and device.type == "cuda":
+        pool = torch.cuda.graph_pool_handle()
+        for name, (model, of) in called.items():
+            if name in steps and of != DENSE:
+                step = Step(model, images, labels, capturable=True)
+                graph = report.attempt(f"{name}{REPLAYED}", lambda step=step: captured(step.launch, pool))
+                if graph is not None:
+                    steps[f"{name}{REPLAYED}"] = graph
+                    rows[f"{name}{REPLAYED}"] = {key: rows[of][key] for key in ("parameters", "gflops")}
+        measure("training", steps)
+
+    for model, _ in called.values():
+        model.eval()  # type: ignore[attr-defined]
+    measure("forward", {name: Forward(model, images).launch for name, model in found.items()})
+    checks = None
+    if options.checks:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False  # float32 models are compared
+        copies = {name: copy.deepcopy(model) for name, model in found.items() if name != DENSE}
+        copies[DENSE] = with_dense_order(copy.deepcopy(found[OURS]))
+        for name, model in copies.items():
+            model.load_state_dict(fresh[name])
+        checks = report.attempt("checks", lambda: check(copies, images))
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        print(json.dumps({key: value for key, value in (checks or {}).items() if key != "losses"}))
+        report.add(checks=checks)
+    if options.compile:
+        forwards = {name: Forward(model, images).launch for name, (model, _) in called.items() if name in steps}
+        for name in [name for name in forwards if name.endswith(COMPILED)]:
+            if report.attempt(f"{name}, forward", forwards[name]) is None:
+                del forwards[name]
         measure("forward", forwards)
-        if PUBLIC in found:
-            for model in found.values():
-                model.train()
-            compiled = torch.compile(copy.deepcopy(found[PUBLIC]).train())
-            report.attempt(f"{PUBLIC}{COMPILED}", lambda: enter(f"{PUBLIC}{COMPILED}", compiled, PUBLIC))
-            measure("training", steps)
-    wrong = (checks or {"wrong": ["the checks failed"]})["wrong"]
+    if options.profile and device.type == "cuda":  # last: its hooks slow what comes after it
+        for model, _ in called.values():
+            model.train()  # type: ignore[attr-defined]
+        for name in steps:
+            if name.startswith((BASELINE, PUBLIC)) and not name.endswith(REPLAYED):
+                rows[name]["profile"] = report.attempt(f"{name}, profile", lambda name=name: profiled(steps[name]))
+                report.add()
+    wrong = (checks or {"wrong": []})["wrong"]
     for sentence in [*wrong, *(f"{name} could not be measured" for name in report.head["failed"])]:
         print(f"not as it should be: {sentence}", file=sys.stderr)
     return int(bool(wrong or report.head["failed"]))

@@ -4,7 +4,7 @@
 
 Each process takes an equal part of every batch, and gradients are averaged, so the result is that of one process with
 the whole batch, up to rounding. Batch normalisation sees the whole batch too where it is synchronised (on GPUs); else
-each process normalises its own part, and evaluation uses the mean of all statistics. Process 0 alone writes and speaks.
+each process normalises its own part, and evaluation uses the same statistics in all. Process 0 alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -104,9 +104,13 @@ def part_of(count: int, group: Group) -> slice:
 def spread_model(
     model: nn.Module, device: torch.device, group: Group, compute: ComputeConfig
 ) -> tuple[nn.Module, nn.Module]:
-    """The model to keep (its parameters, its states) and the module to call."""
+    """The model to keep (its parameters, its states) and the module to call, compiled if that is asked."""
+
+    def called(model: nn.Module) -> Any:
+        return torch.compile(model) if compute.compile else model
+
     if group.size == 1:
-        return model, model
+        return model, called(model)
     if device.type == "cuda" and compute.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if compute.parallel == "fsdp":
@@ -124,13 +128,13 @@ def spread_model(
         for name, value in model.named_parameters():  # the parameters are others now
             if name in exempt:
                 setattr(value, "_no_weight_decay", True)  # noqa: B010
-        return model, model
-    devices = [device] if device.type == "cuda" else None
-    return model, nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
+        return model, called(model)
+    # Compiled inside DDP it is the one graph that a single process compiles too.
+    return model, nn.parallel.DistributedDataParallel(called(model), [device] if device.type == "cuda" else None)
 
 
 def average_buffers(model: nn.Module, group: Group) -> None:
-    """Where each process has gathered statistics of its own batches, give all the mean over the processes."""
+    """Give all processes the same statistics, the mean of theirs: each has added its own part of the last batch."""
     for buffer in model.buffers():
         if group.size > 1 and buffer.is_floating_point():
             group.sum(buffer).div_(group.size)

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,11 @@ def numerics(compute: ComputeConfig) -> Iterator[None]:
     tune, cudnn_attention = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cudnn.benchmark = not compute.deterministic  # the fastest convolution may be another every time
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients hold NaN at some lengths (pytorch/pytorch#196678)
+    # DDP would have a compiled model cut into a graph for each bucket of gradients: many times as long to compile.
+    uncut = torch._dynamo.config.patch(optimize_ddp=False) if compute.compile else contextlib.nullcontext()
     try:
-        yield
+        with uncut:
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
@@ -144,14 +147,13 @@ class Trainer:
         model = _build(task, seed, initialise_like).to(self.device)
         if compute.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model, called = spread_model(model, self.device, self.group, compute)
+        self.model, self._forward = spread_model(model, self.device, self.group, compute)
         _random.seed_everything(seed + self.group.rank)  # each part of a batch with dropout of its own
         self.optimizer = make_optimizer(self.model, train)
         self.average: AveragedModel | None = None
         if train.ema_decay:
             average = get_ema_multi_avg_fn(train.ema_decay)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self._forward: Callable[..., Any] = torch.compile(called) if compute.compile else called
 
     @property
     def evaluated_model(self) -> nn.Module:
