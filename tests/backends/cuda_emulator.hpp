@@ -77,7 +77,7 @@ void run_block(F kernel) {
 
 static void __syncthreads() { fibres::block.wait(fibres::count); }
 static void __threadfence() {}
-static float __ldcg(const float* p) { return *p; }
+static float2 __ldcg(const float2* p) { return *p; }
 static void wait_warp() { fibres::warps[threadIdx.x / 32].wait(32); }
 static float __shfl_xor_sync(unsigned, float value, int mask) {
     fibres::exchanged[0][threadIdx.x] = value;

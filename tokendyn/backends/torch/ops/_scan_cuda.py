@@ -16,7 +16,7 @@ from tokendyn.backends.torch.ops._scan_operator import register
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TOKEN_RUNS, _SINGLE, _CHANNEL_RUNS = range(3)
-_SUM = ("in", "out", "outer", "parts", "inner", "next", "element")
+_SUM = ("in", "out", "outer", "parts", "inner", "next", "columns", "element")
 _SUMS = 5  # of A, D, delta_bias, B, C
 FIELDS = (
     "batch", "channels", "length", "groups", "group_size", "state", "block_rows", "tiles", "segments", "segment_tokens",
@@ -76,8 +76,8 @@ def _side_by_side(t: torch.Tensor, along: int, run: int) -> bool:
 
 
 def _near(t: torch.Tensor) -> torch.Tensor:
-    """The tensor, whose elements of one block of 16 channels and 128 tokens are within 32 bits of each other."""
-    return t if 16 * t.stride(1) + 128 * t.stride(2) < 2**32 else t.contiguous()
+    """The tensor, such that elements of 32 rows and 128 tokens are within 32 bits of each other."""
+    return t if 32 * t.stride(-2) + 128 * t.stride(-1) < 2**32 else t.contiguous()
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -122,7 +122,7 @@ class _Plan:
             lengths=None if lengths is None else lengths.long().contiguous(),
         )  # fmt: skip
         self.give_activations(u=u, delta=delta, z=z)
-        for name, t in (("B", B), ("C", C)):
+        for name, t in (("B", _near(B)), ("C", _near(C))):
             self.give(**{name: t})
             place = _PLACES[name]
             self.arguments[place + 1 : place + 5] = t.stride()
@@ -169,9 +169,9 @@ class _Plan:
         self.run("join_segments", -(-batch * channels * self.layout.padded // self.layout.threads), backward)
 
     def sum(self, *wanted: tuple) -> list[torch.Tensor | None]:
-        """Sums in one launch: of (blocks' floats, offset, like what, outer, parts, inner, next) each."""
+        """Sums in one launch: of (blocks' floats, offset, like what, outer, parts, inner, next, columns) each."""
         place, blocks, found = _SUMS_FROM, 0, []
-        for given, offset, like, outer, parts, inner, step in wanted:
+        for given, offset, like, outer, parts, inner, step, columns in wanted:
             if like is None:
                 found.append(None)
                 continue
@@ -179,7 +179,7 @@ class _Plan:
             out = torch.empty(like.shape, dtype=like.dtype if direct else torch.float32, device=like.device)
             narrow = int(out.dtype != torch.float32)
             self.arguments[place : place + len(_SUM)] = (
-                given.data_ptr() + 4 * offset, out.data_ptr(), outer, parts, inner, step, narrow,
+                given.data_ptr() + 4 * offset, out.data_ptr(), outer, parts, inner, step, columns, narrow,
             )  # fmt: skip
             place, blocks = place + len(_SUM), blocks + -(-outer * inner // self.layout.threads)
             found.append(out)
@@ -222,19 +222,20 @@ def backward(
     copies, rates = batch * plan.segments, 1 if plan.scalar_A else state
     dA = plan.floats(copies, channels, rates)
     dD, dbias = (None if t is None else plan.floats(copies, channels) for t in (D, bias))
-    parts = plan.floats(batch, groups, plan.parts, 2, state, length)
+    columns = plan.layout.padded if plan.scalar_A else 0  # parts are (L, columns) there, (N, L) else
+    parts = plan.floats(batch, groups, plan.parts, 2, columns or state, length)
     plan.give(dA=dA, dD=dD, dbias=dbias, parts_out=parts)
     if plan.chain > 1:
         flags = 1 + batch * groups * plan.parts * plan.layout.chunks
         plan.give(counters=torch.zeros(flags, dtype=torch.int32, device=u.device))
     plan.run("gradients", backward=True)
-    per_matrix = state * length
+    per_matrix = (columns or state) * length
     sum_A, sum_B, sum_C, sum_D, sum_bias = plan.sum(
-        (dA, 0, A, 1, copies, channels * rates, channels * rates),
-        (parts, 0, B, batch * groups, plan.parts, per_matrix, 2 * per_matrix),
-        (parts, per_matrix, C, batch * groups, plan.parts, per_matrix, 2 * per_matrix),
-        (dD, 0, D, 1, copies, channels, channels),
-        (dbias, 0, bias, 1, copies, channels, channels),
+        (dA, 0, A, 1, copies, channels * rates, channels * rates, 0),
+        (parts, 0, B, batch * groups, plan.parts, per_matrix, 2 * per_matrix, columns),
+        (parts, per_matrix, C, batch * groups, plan.parts, per_matrix, 2 * per_matrix, columns),
+        (dD, 0, D, 1, copies, channels, channels, 0),
+        (dbias, 0, bias, 1, copies, channels, channels, 0),
     )
     dz = None if dz is None else dz.to(z.dtype)
     return du.to(u.dtype), ddelta.to(delta.dtype), sum_A, sum_B, sum_C, sum_D, dz, sum_bias, dfirst

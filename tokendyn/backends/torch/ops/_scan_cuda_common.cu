@@ -115,9 +115,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid
 }
 
 // Adds up what blocks have left of a parameter's gradient: out[o, k] = sum over p of in[o, p, k], `next` floats from one p
-// to the next. The sums of all parameters are made in one launch; the first blocks work on the first.
+// to the next. With `columns`, k numbers (L, columns), of which out[o] has the first N columns as its rows. The sums of all
+// parameters are made in one launch; the first blocks work on the first.
 struct Sum {
-    i64 in, out, outer, parts, inner, next, element;
+    i64 in, out, outer, parts, inner, next, columns, element;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_constant__ Args p) {
@@ -130,6 +131,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_con
     float total = 0.0f;
 #pragma unroll 8
     for (i64 part = 0; part < sum->parts; part++) total += from[part * sum->next];
+    if (sum->columns) {
+        i64 row = index % sum->inner % sum->columns, column = index % sum->inner / sum->columns;
+        if (row >= p.state) return;
+        index = (index / sum->inner * p.state + row) * p.length + column;
+    }
 #if ELEMENT != 0
     if (sum->element) {
         ((element*)sum->out)[index] = narrow(total);

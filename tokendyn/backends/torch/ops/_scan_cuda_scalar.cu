@@ -362,14 +362,21 @@ struct View {
 
 // B or C of a warp's 16 tokens: a lane's four tokens of n = column<NT>(g, j).
 struct Matrix {
+    const element* base;
+    i64 row, token;
+    unsigned lane;  // as in a View
     unsigned words[NT][MATRIX_WORDS];
-    __device__ __forceinline__ void load(const Args& p, const Block& block, i64 base, i64 stride_b, i64 stride_g, i64 stride_n,
-                                         i64 stride_l, int start) {
-        int t = start + threadIdx.x % 4 * 4, tokens = (int)p.length - t;
+    __device__ __forceinline__ Matrix(i64 address, i64 stride_b, i64 stride_g, i64 stride_n, i64 stride_l, const Block& block)
+        : row(stride_n), token(stride_l) {
+        base = (const element*)address + block.batch * stride_b + block.group * stride_g;
+        lane = column<NT>(threadIdx.x % 32 / 4, 0) * (unsigned)stride_n + (threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4) * (unsigned)stride_l;
+    }
+    __device__ __forceinline__ void load(const Args& p, int span) {
+        int tokens = (int)p.length - span - (int)(threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4);
 #pragma unroll
         for (int j = 0; j < NT; j++) {
             int n = column<NT>(threadIdx.x % 32 / 4, j);
-            const element* from = (const element*)base + block.batch * stride_b + block.group * stride_g + n * stride_n + t * stride_l;
+            const element* from = base + (span * token + 2 * j * row) + lane;
             if (p.matrix_runs && tokens >= 4 && n < p.state) {
 #if ELEMENT == 0
                 uint4 v = *(const uint4*)from;
@@ -381,7 +388,7 @@ struct Matrix {
             } else {
                 element single[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) single[i] = i < tokens && n < p.state ? from[i * stride_l] : (element)0;
+                for (int i = 0; i < 4; i++) single[i] = i < tokens && n < p.state ? from[i * token] : (element)0;
 #if ELEMENT == 0
 #pragma unroll
                 for (int i = 0; i < 4; i++) words[j][i] = __float_as_uint(single[i]);
@@ -407,7 +414,11 @@ struct Matrix {
 #pragma unroll
         for (int j = 0; j < NT; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) by_token.v[i / 2][j][i % 2] = 4 * q + i < tokens ? get(j, i) : 0.0f;
+            for (int i = 0; i < 4; i++) by_token.v[i / 2][j][i % 2] = get(j, i);
+            if (tokens < CHUNK)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (4 * q + i >= tokens) by_token.v[i / 2][j][i % 2] = 0.0f;
             *(float4*)(scratch + column<NT>(g, j) * MATRIX_PITCH + 4 * q) =
                 make_float4(by_token.v[0][j][0], by_token.v[0][j][1], by_token.v[1][j][0], by_token.v[1][j][1]);
         }
@@ -420,7 +431,7 @@ struct Matrix {
                 for (int c = 0; c < 2; c++) by_n.v[k][j][c] = scratch[(2 * NT * q + 2 * k + c) * MATRIX_PITCH + column<2>(g, j)];
     }
 };
-#define LOAD_MATRIX(name, start) name.load(p, block, p.name, p.name##_b, p.name##_g, p.name##_n, p.name##_l, start)
+#define MATRIX(name) Matrix(p.name, p.name##_b, p.name##_g, p.name##_n, p.name##_l, block)
 
 // What a block knows of its channels.
 struct Rows {
@@ -666,9 +677,9 @@ __device__ __forceinline__ void forward(const Args& p) {
     View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_y = VIEW(y);
     int start = block.first + warp * CHUNK;
     Eight next_u = view_u.load(block, 0, block.first), next_delta = view_delta.load(block, 0, block.first);
-    Matrix B, C;
-    LOAD_MATRIX(B, start);
-    if (OUTPUTS) LOAD_MATRIX(C, start);
+    Matrix B = MATRIX(B), C = MATRIX(C);
+    B.load(p, block.first);
+    if (OUTPUTS) C.load(p, block.first);
     __syncthreads();
     for (int span = block.first; span < block.last; span += SPAN, start += SPAN) {
         Right<2, NT> B_by_token, C_by_token;
@@ -685,8 +696,8 @@ __device__ __forceinline__ void forward(const Args& p) {
         unsigned resets = find_resets(p, block, start);
         float* kept = block.slot(p, p.states, p.chunks, span / SPAN);
         if (span + SPAN < block.last) {
-            LOAD_MATRIX(B, start + SPAN);
-            if (OUTPUTS) LOAD_MATRIX(C, start + SPAN);
+            B.load(p, span + SPAN);
+            if (OUTPUTS) C.load(p, span + SPAN);
         }
         for (int tile = 0; tile < block.tiles; tile++) {
             Tokens u, z;
@@ -795,15 +806,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     View view_dy = VIEW(dy), view_delta = VIEW(delta), view_z = VIEW(z);
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
     Eight next_dy = view_dy.load(block, 0, span), next_delta = view_delta.load(block, 0, span), own_z;
-    Matrix C;
-    LOAD_MATRIX(C, start);
+    Matrix C = MATRIX(C);
+    C.load(p, span);
     __syncthreads();
     for (; span >= block.first; span -= SPAN, start -= SPAN) {
         Right<2, NT> C_by_token;
         Right<NT, 2> C_by_n;
         C.turn(C_by_token, C_by_n, scratch, block.stop - start);
         unsigned resets = find_resets(p, block, start);
-        if (span > block.first) LOAD_MATRIX(C, start - SPAN);
+        if (span > block.first) C.load(p, span - SPAN);
         for (int tile = 0; tile < block.tiles; tile++) {
             Tokens dout;
 #if GATED
@@ -858,6 +869,34 @@ struct BackwardShared {
 };
 static_assert((sizeof(BackwardShared) + 15) / 16 * 16 == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
 
+// Adds what another block has left of a warp's dB or dC, tokens column<2>(g, h), in a part (L, STATE): past the L1 cache.
+__device__ __forceinline__ void add_part(State& sum, const float* part, int tokens) {
+    const float* lane = part + threadIdx.x % 4 * (2 * NT);
+    State before;
+    before.clear();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int t = column<2>(threadIdx.x % 32 / 4, h);
+        if (t < tokens)
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i += 2) {
+                float2 two = __ldcg((const float2*)(lane + t * STATE + i));
+                before.v[h][i] = two.x, before.v[h][i + 1] = two.y;
+            }
+    }
+    sum.each([&](float& v, int h, int i) { v += before.v[h][i]; });
+}
+__device__ __forceinline__ void store_part(const State& sum, float* part, int tokens) {
+    float* lane = part + threadIdx.x % 4 * (2 * NT);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int t = column<2>(threadIdx.x % 32 / 4, h);
+        if (t < tokens)
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i += 2) *(float2*)(lane + t * STATE + i) = make_float2(sum.v[h][i], sum.v[h][i + 1]);
+    }
+}
+
 // All gradients of a segment. F_t, the gradient of token t's log decay, is the sum of all that flows across it: from
 // sources s < t, or the state before the chunk, to targets >= t, or the state after it. Pairs s = t do not cross anything
 // and are kept apart, so that strong decays, which leave nothing else, cancel nothing. Where factors are used, F is a
@@ -881,15 +920,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     for (int i = threadIdx.x; i < MOST_TILES * 3 * WARPS * ROWS; i += THREADS) (&shared.sums[0][0][0][0])[i] = 0.0f;
     int chained = block.tile % (int)p.chain;
     i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
-    float* part = (float*)p.parts_out + part_index * 2 * p.state * p.length;
+    float* part = (float*)p.parts_out + part_index * 2 * STATE * p.length;
     unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks;
     View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_dy = VIEW(dy);
     View view_du = VIEW(du), view_ddelta = VIEW(ddelta), view_dz = VIEW(dz);
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
     Eight next_u = view_u.load(block, 0, span), next_delta = view_delta.load(block, 0, span), next_dy = view_dy.load(block, 0, span);
-    Matrix B, C;
-    LOAD_MATRIX(B, start);
-    LOAD_MATRIX(C, start);
+    Matrix B = MATRIX(B), C = MATRIX(C);
+    B.load(p, span), C.load(p, span);
     __syncthreads();
     for (; span >= block.first; span -= SPAN, start -= SPAN) {
         {
@@ -917,8 +955,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         unsigned resets = find_resets(p, block, start);
         const float* kept_states = block.slot(p, p.states, p.chunks, span / SPAN);
         if (span > block.first) {
-            LOAD_MATRIX(B, start - SPAN);
-            LOAD_MATRIX(C, start - SPAN);
+            B.load(p, span - SPAN), C.load(p, span - SPAN);
         }
         __syncwarp();
         Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
@@ -1128,24 +1165,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         G.each([&](float& v, int h, int i) { v = scratch[(4 * q + i) * MATRIX_PITCH + column<2>(g, h)]; });
         by_token.read(own.C[0]);
         multiply(dB, G, by_token);
+        if (block.stop - start < CHUNK) {
+            dB.each([&](float& v, int h, int i) { v = column<2>(g, h) < block.stop - start ? v : 0.0f; });
+            dC.each([&](float& v, int h, int i) { v = column<2>(g, h) < block.stop - start ? v : 0.0f; });
+        }
         int chunk = span / SPAN;
         if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
             if (threadIdx.x == 0)
                 while (read_flag(flags + chunk) != (unsigned)chained) {}
             __syncthreads();
         }
-#pragma unroll
-        for (int which = 0; which < 2; which++)
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int i = 0; i < 2 * NT; i++) {
-                    int n = 2 * NT * q + i, t = start + column<2>(g, h);
-                    if (n >= p.state || t >= p.length) continue;
-                    float* to = part + (which * p.state + n) * p.length + t;
-                    float sum = t < block.stop ? which ? dC.v[h][i] : dB.v[h][i] : 0.0f;
-                    *to = chained == 0 ? sum : *(volatile float*)to + sum;
-                }
+        float *part_B = part + (i64)start * STATE, *part_C = part_B + p.length * STATE;
+        int tokens = (int)p.length - start;
+        if (chained) add_part(dB, part_B, tokens), add_part(dC, part_C, tokens);
+        store_part(dB, part_B, tokens), store_part(dC, part_C, tokens);
         if (p.chain > 1) {
             __threadfence();
             __syncthreads();
