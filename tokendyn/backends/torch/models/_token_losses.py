@@ -28,8 +28,8 @@ def token_losses(features: Tensor, head: nn.Module, targets: Tensor, *, keep: bo
     """
     wanted = torch.is_grad_enabled() and features.requires_grad
     one: Any = functools.partial(_losses, head)
-    matrix = type(head) is nn.Linear and head.bias is None
-    if wanted and keep and matrix and features.is_cuda and not torch.compiler.is_compiling():
+    keep = keep and wanted and features.is_cuda and not torch.compiler.is_compiling()
+    if keep and type(head) is nn.Linear and head.bias is None:
         half = head.weight.dtype
         if torch.is_autocast_enabled("cuda"):
             half = torch.get_autocast_dtype("cuda")
