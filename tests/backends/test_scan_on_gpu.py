@@ -10,7 +10,7 @@ import tokendyn
 pytest.importorskip("triton")
 
 # isort: split
-from tokendyn.backends.torch.ops import _scan_cuda, _scan_plain, _scan_triton
+from tokendyn.backends.torch.ops import _scan_chunked, _scan_cuda, _scan_triton
 
 from .scan_cases import arguments, check, evaluate, tensors
 
@@ -50,7 +50,7 @@ def test_real_sizes(engine, name, dtype):
         key: value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value
         for key, value in tensors(values, dtype, False).items()
     }
-    want = {k: v.cpu() for k, v in evaluate(_scan_plain.run, tensors(rounded, torch.float64, False)).items()}
+    want = evaluate(_scan_chunked.run, tensors(rounded, torch.float64, False, "cpu"))
     check(run, values, dtype, last, want)
 
 

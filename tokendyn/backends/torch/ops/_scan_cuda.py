@@ -95,8 +95,9 @@ class _Plan:
         if mixed or (z is not None and z.dtype != u.dtype) or u.dtype not in _ELEMENTS:
             u, delta, B, C = (t.float() for t in (u, delta, B, C))
             z = None if z is None else z.float()
-        u, delta, z = (None if t is None else _near(t) for t in (u, delta, z))
-        self.u, self.delta, self.z = u, delta, z
+        u, delta = _near(u), _near(delta)
+        self.u, self.delta = u, delta
+        self.z = z = None if z is None else _near(z)
         self.scalar_A = A.shape[1] == 1
         size = channels // groups
         self.segments = layout.segments

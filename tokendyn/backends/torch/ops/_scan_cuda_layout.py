@@ -12,6 +12,7 @@ STATE = 32
 BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
 #: Copies of dB and dC that blocks of channels add to, one after the other, for memory's sake.
 PARTS = 4
+_TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
 _SEGMENTED = 1.6
 #: Tiles of 16 channels that a block of the scalar kernels can work on.
@@ -60,8 +61,7 @@ def source(kernels: str) -> str:
     from tokendyn.backends.torch.ops._scan_cuda import FIELDS
 
     fields = "".join(f"    long long {name};\n" for name in FIELDS)
-    folder, name = Path(__file__).parent, "_scan_cuda.cu" if kernels == "general" else "_scan_cuda_scalar.cu"
-    texts = [(folder / file).read_text() for file in ("_scan_cuda_common.cu", name)]
+    texts = [Path(__file__).with_name(f"_scan_cuda{name}.cu").read_text() for name in _TEXTS[kernels]]
     return "".join((f"struct Args {{\n{fields}}};\n", *texts))
 
 

@@ -1,0 +1,420 @@
+// The backward pass of `_scan_cuda_scalar.cu`, whose text comes before this one.
+
+// The gradient that reaches y before the gate.
+__device__ __forceinline__ void load_gradient(Tokens& dout, const Block& block, const Eight& dy, const Eight& z, int start) {
+    int valid = min(block.stop, block.last) - start - threadIdx.x % 4 * 4;
+    dout.each([&](float& v, int h, int i) {
+        v = dy.get(h, i);
+#if GATED
+        v *= z.get(h, i) * sigmoid(z.get(h, i));
+#endif
+    });
+    if (min(block.stop, block.last) - start < CHUNK)
+        dout.each([&](float& v, int h, int i) {
+            if (i >= valid) v = 0.0f;
+        });
+}
+
+// Gradient of the state before a segment if that of the state after it were 0, and the decay across the segment.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(const __grid_constant__ Args p) {
+    extern __shared__ float4 memory[];
+    ForwardShared& shared = *(ForwardShared*)memory;
+    Block block(p, blockIdx.x);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    auto& own = shared.of[warp];
+    float* scratch = own.scratch;
+    load_rows(shared.rows, p, block);
+    begin_segment(shared.carry, shared.across, block);
+    View view_dy = VIEW(dy), view_delta = VIEW(delta), view_z = VIEW(z);
+    int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
+    Eight next_dy = view_dy.load(block, 0, span), next_delta = view_delta.load(block, 0, span), own_z;
+    Matrix C = MATRIX(C);
+    C.load(p, span);
+    __syncthreads();
+    for (; span >= block.first; span -= SPAN, start -= SPAN) {
+        Right<2, NT> C_by_token;
+        Right<NT, 2> C_by_n;
+        C.turn(C_by_token, C_by_n, scratch, block.stop - start);
+        unsigned resets = find_resets(p, block, start);
+        if (span > block.first) C.load(p, span - SPAN);
+        for (int tile = 0; tile < block.tiles; tile++) {
+            Tokens dout;
+#if GATED
+            own_z = view_z.load(block, tile, span);
+#endif
+            load_gradient(dout, block, next_dy, own_z, start);
+            Steps steps(p, block, shared.rows, next_delta, dout, tile, start);
+            bool more = tile + 1 < block.tiles;
+            if (more || span > block.first) {
+                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span - SPAN;
+                next_dy = view_dy.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
+            }
+            dout.each([&](float& v, int h, int i) {
+                v = together(resets, -1, 4 * q + i) ? operand(v * ex2(-steps.q.v[h][i])) : 0.0f;
+            });
+            State local;
+            local.clear();
+            multiply(local, dout, C_by_token);
+            local.write(own.states, STATE);
+            if (q == 0)
+#pragma unroll
+                for (int h = 0; h < 2; h++) shared.decays[g + 8 * h][warp] = resets ? -1.0f : ex2(-steps.total[h]);
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                Entry entry(k);
+                if (!entry.exists) break;
+                float& carry = shared.carry[tile][entry.number];
+                carry = join_chunks<true, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, carry, &shared.across[tile][entry.number]);
+            }
+            __syncthreads();
+        }
+    }
+    end_segment(shared.carry, shared.across, p, block);
+}
+
+#define BACKWARD_SCRATCH 768  // floats a warp: a walk's, B or C (n x tokens), or a tile that is turned
+static_assert(BACKWARD_SCRATCH >= 3 * SQUARE && BACKWARD_SCRATCH >= STATE * MATRIX_PITCH && BACKWARD_SCRATCH >= TURNED, "");
+#define OPERAND (CHUNK * STATE)
+struct BackwardShared {
+    struct {
+        float states[ENTRIES], costates[ENTRIES], scratch[BACKWARD_SCRATCH];
+        float M[2][SQUARE];                    // s x t and t x s
+        float B[2][OPERAND], C[2][OPERAND];    // by token and by n
+        float diagonal[CHUNK];
+    } of[WARPS];  // each warp's own; states and costates are joined by all threads
+    float carry[MOST_TILES][ENTRIES];
+    float decays[ROWS][WARPS];
+    float sums[MOST_TILES][3][WARPS][ROWS];
+    Rows rows;
+    int index;
+};
+static_assert((sizeof(BackwardShared) + 15) / 16 * 16 == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
+
+// Adds what another block has left of a warp's dB or dC, tokens column<2>(g, h), in a part (L, STATE): past the L1 cache.
+__device__ __forceinline__ void add_part(State& sum, const float* part, int tokens) {
+    const float* lane = part + threadIdx.x % 4 * (2 * NT);
+    State before;
+    before.clear();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int t = column<2>(threadIdx.x % 32 / 4, h);
+        if (t < tokens)
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i += 2) {
+                float2 two = __ldcg((const float2*)(lane + t * STATE + i));
+                before.v[h][i] = two.x, before.v[h][i + 1] = two.y;
+            }
+    }
+    sum.each([&](float& v, int h, int i) { v += before.v[h][i]; });
+}
+__device__ __forceinline__ void store_part(const State& sum, float* part, int tokens) {
+    float* lane = part + threadIdx.x % 4 * (2 * NT);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int t = column<2>(threadIdx.x % 32 / 4, h);
+        if (t < tokens)
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i += 2) *(float2*)(lane + t * STATE + i) = make_float2(sum.v[h][i], sum.v[h][i + 1]);
+    }
+}
+
+// All gradients of a segment. F_t, the gradient of token t's log decay, is the sum of all that flows across it: from
+// sources s < t, or the state before the chunk, to targets >= t, or the state after it. Pairs s = t do not cross anything
+// and are kept apart, so that strong decays, which leave nothing else, cancel nothing. Where factors are used, F is a
+// running sum from the chunk's end, of what tokens receive less what they send, made of the very products that y and dx
+// sum, so that its rounding does not accumulate.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __grid_constant__ Args p) {
+    extern __shared__ float4 memory[];
+    BackwardShared& shared = *(BackwardShared*)memory;
+    int index = blockIdx.x;
+    if (p.chain > 1) {  // blocks number themselves as they begin, so that one which waits for another knows that it runs
+        if (threadIdx.x == 0) shared.index = (int)atomicAdd((unsigned*)p.counters, 1u);
+        __syncthreads();
+        index = shared.index;
+    }
+    Block block(p, index);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    auto& own = shared.of[warp];
+    float* scratch = own.scratch;
+    load_rows(shared.rows, p, block);
+    begin_states(shared.carry, p, block, p.last_gradient, block.segment + 1);
+    for (int i = threadIdx.x; i < MOST_TILES * 3 * WARPS * ROWS; i += THREADS) (&shared.sums[0][0][0][0])[i] = 0.0f;
+    int chained = block.tile % (int)p.chain;
+    i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
+    float* part = (float*)p.parts_out + part_index * 2 * STATE * p.length;
+    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks;
+    View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_dy = VIEW(dy);
+    View view_du = VIEW(du), view_ddelta = VIEW(ddelta), view_dz = VIEW(dz);
+    int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
+    Eight next_u = view_u.load(block, 0, span), next_delta = view_delta.load(block, 0, span), next_dy = view_dy.load(block, 0, span);
+    Matrix B = MATRIX(B), C = MATRIX(C);
+    B.load(p, span), C.load(p, span);
+    __syncthreads();
+    for (; span >= block.first; span -= SPAN, start -= SPAN) {
+        {
+            Right<2, NT> by_token;
+            Right<NT, 2> B_by_n, C_by_n;
+            B.turn(by_token, B_by_n, scratch, block.stop - start);
+            by_token.write(own.B[0]), B_by_n.write(own.B[1]);
+            C.turn(by_token, C_by_n, scratch, block.stop - start);
+            by_token.write(own.C[0]), C_by_n.write(own.C[1]);
+            Tokens products;
+            Right<2, 2> M;
+            products.clear();
+            multiply<true>(products, C_by_n, B_by_n);
+            products.each([&](float& v, int h, int i) {
+                int t = column<2>(g, h), s = 4 * q + i;
+                if (s == t) own.diagonal[t] = v;
+                M.v[i / 2][h][i % 2] = s < t ? operand(v) : 0.0f;
+            });
+            M.write(own.M[0]);
+            products.clear();
+            multiply<true>(products, B_by_n, C_by_n);
+            products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = column<2>(g, h) < 4 * q + i ? operand(v) : 0.0f; });
+            M.write(own.M[1]);
+        }
+        unsigned resets = find_resets(p, block, start);
+        const float* kept_states = block.slot(p, p.states, p.chunks, span / SPAN);
+        if (span > block.first) {
+            B.load(p, span - SPAN), C.load(p, span - SPAN);
+        }
+        __syncwarp();
+        Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
+        State dB, dC;
+        G.clear(), dB.clear(), dC.clear();
+        for (int tile = 0; tile < block.tiles; tile++) {
+            float kept[OWN_ENTRIES];
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                Entry entry(k);
+                kept[k] = entry.within(block, tile) ? kept_states[entry.offset(tile)] : 0.0f;
+            }
+            Eight own_u = next_u, own_delta = next_delta, own_dy = next_dy, own_z;
+#if GATED
+            own_z = view_z.load(block, tile, span);
+#endif
+            Tokens u, dout;
+            u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
+            load_gradient(dout, block, own_dy, own_z, start);
+            Steps steps(p, block, shared.rows, own_delta, u, tile, start);
+            // What flows from token s is sent[s] times a product, and to token t received[t] times one.
+            Tokens out_factor, in_factor, sent, received;
+            out_factor.each([&](float& v, int h, int i) { v = ex2(steps.q.v[h][i]), sent.v[h][i] = exact_operand(steps.x.v[h][i] * v); });
+            in_factor.each([&](float& v, int h, int i) { v = ex2(-steps.q.v[h][i]), received.v[h][i] = exact_operand(dout.v[h][i] * v); });
+            bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(sent)) || !(fabsf(sum_of(received)) < 1e37f));
+            float scale[2], whole[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
+            if (walks) {
+                Walk walk;
+                walk.run<true>(steps.s, steps.x, dout, own.M[0], resets, scratch, G);
+                out_factor = walk.to_end, in_factor = walk.from_start;
+                sent.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? exact_operand(steps.x.v[h][i] * out_factor.v[h][i]) : 0.0f; });
+                received.each([&](float& v, int h, int i) { v = together(resets, -1, 4 * q + i) ? exact_operand(dout.v[h][i] * in_factor.v[h][i]) : 0.0f; });
+#pragma unroll
+                for (int h = 0; h < 2; h++) scale[h] = 1.0f, whole[h] = resets ? -1.0f : walk.whole[h];
+            }
+            {
+                State local;
+                Right<2, NT> by_token;
+                local.clear();
+                by_token.read(own.B[0]);
+                multiply(local, sent, by_token);
+                local.each([&](float& v, int h, int i) { v *= scale[h]; });
+                local.write(own.states, STATE);
+                local.clear();
+                by_token.read(own.C[0]);
+                multiply(local, received, by_token);
+                local.write(own.costates, STATE);
+            }
+            if (q == 0) shared.decays[g][warp] = whole[0], shared.decays[g + 8][warp] = whole[1];
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < OWN_ENTRIES; k++) {
+                Entry entry(k);
+                if (!entry.exists) break;
+                float& carry = shared.carry[tile][entry.number];
+                join_chunks<false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, kept[k], nullptr);
+                carry = join_chunks<true, sizeof(shared.of[0]) / 4>(shared.of[0].costates, shared.decays, entry.number, carry, nullptr);
+            }
+            __syncthreads();
+            State before, after;  // the state before the chunk; the gradient of the state after it
+            before.read(own.states, STATE);
+            after.read(own.costates, STATE);
+            before.each([&](float& v, int h, int i) { v = exact_operand(v); });
+            after.each([&](float& v, int h, int i) { v = exact_operand(v * scale[h]); });
+            Tokens y, dx;
+            y.clear(), dx.clear();
+            {
+                Right<NT, 2> by_n;
+                by_n.read(own.C[1]);
+                multiply(y, before, by_n);
+                by_n.read(own.B[1]);
+                multiply(dx, after, by_n);
+            }
+            Tokens F;
+            if (!walks) {
+                float through[2] = {0.0f, 0.0f};  // what flows across the chunk's end
+                before.each([&](float& v, int h, int i) { through[h] = fmaf(v, after.v[h][i], through[h]); });
+                sent.each([&](float& v, int h, int i) { through[h] = fmaf(v, dx.v[h][i], through[h]); });
+                Right<2, 2> M;
+                M.read(own.M[0]);
+                multiply(y, sent, M);
+                M.read(own.M[1]);
+                multiply(dx, received, M);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int i = 3; i >= 0; i--) F.v[h][i] = sum = fmaf(received.v[h][i], y.v[h][i], fmaf(-sent.v[h][i], dx.v[h][i], sum));
+                    float neighbour = __shfl_xor_sync(~0u, sum, 1), others = __shfl_xor_sync(~0u, sum + neighbour, 2);
+                    float later = add_over_quad(through[h]) + (q & 1 ? 0.0f : neighbour) + (q & 2 ? 0.0f : others);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) F.v[h][i] += later;
+                }
+                y.each([&](float& v, int h, int i) { v *= in_factor.v[h][i]; });
+                dx.each([&](float& v, int h, int i) { v *= out_factor.v[h][i]; });
+            } else {
+                // y and dx hold what comes from and goes to states: cut off where a sequence begins between.
+                Tokens y_inside, dx_inside;
+                y_inside.read(scratch, CHUNK), dx_inside.read(scratch + SQUARE, CHUNK), F.read(scratch + 2 * SQUARE, CHUNK);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float in[4], out[4], sum_in = 0.0f, sum_out = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        bool begun = !together(resets, -1, 4 * q + i), cut = !together(resets, 4 * q + i, CHUNK - 1);
+                        in[i] = begun ? 0.0f : received.v[h][i] * y.v[h][i];
+                        out[i] = cut ? 0.0f : sent.v[h][i] * dx.v[h][i];
+                        y.v[h][i] = (begun ? 0.0f : in_factor.v[h][i] * y.v[h][i]) + y_inside.v[h][i];
+                        dx.v[h][i] = (cut ? 0.0f : out_factor.v[h][i] * dx.v[h][i]) + dx_inside.v[h][i];
+                        F.v[h][i] += sum_out;
+                        sum_out += out[i];
+                    }
+                    float carried = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 2 * NT; i++) carried += resets ? 0.0f : whole[h] * before.v[h][i] * after.v[h][i];
+                    carried = add_over_quad(carried);
+                    float neighbour = __shfl_xor_sync(~0u, sum_out, 1), others = __shfl_xor_sync(~0u, sum_out + neighbour, 2);
+                    float earlier = (q & 1 ? neighbour : 0.0f) + (q & 2 ? others : 0.0f);
+#pragma unroll
+                    for (int i = 3; i >= 0; i--) sum_in += in[i], in[i] = sum_in;
+                    neighbour = __shfl_xor_sync(~0u, sum_in, 1), others = __shfl_xor_sync(~0u, sum_in + neighbour, 2);
+                    float later = (q & 1 ? 0.0f : neighbour) + (q & 2 ? 0.0f : others);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        F.v[h][i] += earlier + later + in[i] + carried;
+                        if (resets >> (4 * q + i) & 1) F.v[h][i] = 0.0f;
+                    }
+                }
+            }
+            {
+                Right<2, 2> sent_turned = turned(sent, scratch), received_turned = turned(received, scratch);
+                multiply(dB, sent_turned, turned(after, scratch));
+                multiply(dC, received_turned, turned(before, scratch));
+                if (!walks) multiply(G, received_turned, sent_turned);
+            }
+
+            bool more = tile + 1 < block.tiles;
+            if (more || span > block.first) {  // the next tile's loads are under way while this one's gradients are made
+                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span - SPAN;
+                next_u = view_u.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
+                next_dy = view_dy.load(block, next_tile, next_span);
+            }
+
+            float2 D = of_rows(shared.rows.D, tile), A = of_rows(shared.rows.A, tile), bias = of_rows(shared.rows.bias, tile);
+            float4 four = *(const float4*)(own.diagonal + 4 * q);
+            float diagonal[4] = {four.x, four.y, four.z, four.w};
+            own_u.forget(), own_dy.forget();
+            u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
+            load_gradient(dout, block, own_dy, own_z, start);
+            int valid = min(block.stop, block.last) - start - 4 * q;
+            if (min(block.stop, block.last) - start < CHUNK)
+                u.each([&](float& v, int h, int i) {
+                    if (i >= valid) v = F.v[h][i] = 0.0f;
+                });
+            float sums[2][3];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                sums[h][0] = sums[h][1] = sums[h][2] = 0.0f;
+                float skip = h ? D.y : D.x, rate = h ? A.y : A.x, shift = h ? bias.y : bias.x;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float g_out = dout.v[h][i], value = u.v[h][i], step = steps.step.v[h][i];
+                    float inflow = fmaf(diagonal[i], g_out, dx.v[h][i]), flow = F.v[h][i];
+#if GATED
+                    float ungated = fmaf(skip, value, fmaf(diagonal[i], steps.x.v[h][i], y.v[h][i])), gate = own_z.get(h, i), part_of_gate = sigmoid(gate);
+                    y.v[h][i] = own_dy.get(h, i) * ungated * part_of_gate * (1.0f + gate * (1.0f - part_of_gate));
+#endif
+                    float dstep = fmaf(value, inflow, rate * flow);
+                    if (p.softplus) dstep *= sigmoid(own_delta.get(h, i) + shift);
+                    sums[h][0] = fmaf(step, flow, sums[h][0]);
+                    sums[h][1] = fmaf(g_out, value, sums[h][1]);
+                    dx.v[h][i] = fmaf(step, inflow, skip * g_out);
+                    F.v[h][i] = dstep;
+                }
+            }
+            if (min(block.stop, block.last) - start < CHUNK)
+                F.each([&](float& v, int h, int i) {
+                    if (i >= valid) v = dx.v[h][i] = y.v[h][i] = 0.0f;
+                });
+            F.each([&](float& v, int h, int i) { sums[h][2] += v; });
+            view_du.store(dx, block, tile, span);
+            view_ddelta.store(F, block, tile, span);
+#if GATED
+            view_dz.store(y, block, tile, span);
+#endif
+#pragma unroll
+            for (int which = 0; which < 3; which++) {  // lanes with odd q take the second channel
+                float sum = (q & 1 ? sums[1][which] : sums[0][which]) + __shfl_xor_sync(~0u, q & 1 ? sums[0][which] : sums[1][which], 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (q < 2) shared.sums[tile][which][warp][2 * g + q] += sum;
+            }
+        }
+
+        // dC_t += sum_{s <= t} G_ts B_s, dB_s += sum_{t >= s} G_ts C_t.
+        G.each([&](float& v, int h, int i) {
+            v = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f;
+        });
+        Right<2, NT> by_token;
+        by_token.read(own.B[0]);
+        multiply(dC, G, by_token);
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) *(float4*)(scratch + column<2>(g, h) * MATRIX_PITCH + 4 * q) = make_float4(G.v[h][0], G.v[h][1], G.v[h][2], G.v[h][3]);
+        __syncwarp();
+        G.each([&](float& v, int h, int i) { v = scratch[(4 * q + i) * MATRIX_PITCH + column<2>(g, h)]; });
+        by_token.read(own.C[0]);
+        multiply(dB, G, by_token);
+        if (block.stop - start < CHUNK) {
+            dB.each([&](float& v, int h, int i) { v = column<2>(g, h) < block.stop - start ? v : 0.0f; });
+            dC.each([&](float& v, int h, int i) { v = column<2>(g, h) < block.stop - start ? v : 0.0f; });
+        }
+        int chunk = span / SPAN;
+        if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
+            if (threadIdx.x == 0)
+                while (read_flag(flags + chunk) != (unsigned)chained) {}
+            __syncthreads();
+        }
+        float *part_B = part + (i64)start * STATE, *part_C = part_B + p.length * STATE;
+        int tokens = (int)p.length - start;
+        if (chained) add_part(dB, part_B, tokens), add_part(dC, part_C, tokens);
+        store_part(dB, part_B, tokens), store_part(dC, part_C, tokens);
+        if (p.chain > 1) {
+            __threadfence();
+            __syncthreads();
+            if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
+        }
+    }
+    if (block.segment == 0) end_states(shared.carry, p, block, p.dfirst);
+    __syncthreads();
+    i64 at = ((i64)block.batch * p.segments + block.segment) * p.channels + block.channel;
+    for (int i = threadIdx.x; i < 3 * block.rows; i += THREADS) {
+        int which = i / block.rows, row = i % block.rows;
+        i64 target = which == 0 ? p.dA : which == 1 ? p.dD : p.dbias;
+        float sum = 0.0f;
+        for (int w = 0; w < WARPS; w++) sum += shared.sums[row / ROWS][which][w][row % ROWS];
+        if (target) ((float*)target)[at + row] = sum;
+    }
+}

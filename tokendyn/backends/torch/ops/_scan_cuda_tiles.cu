@@ -1,0 +1,416 @@
+// Tiles of 16 channels x 16 tokens, or x n, as `mma` has them in a warp's lanes: products, and loads that bring elements to the
+// lanes that need them.
+//
+// Everything is channels x tokens or channels x n. In the operand layouts of `mma`, with g = lane / 4 and q = lane % 4, a
+// lane holds of channels 2g and 2g + 1 (rows g and g + 8) the tokens 4q to 4q + 3: as a left operand and as a result alike,
+// because the order of the summed index is free. So no result is moved between lanes before it enters the next product.
+//
+// Compiled at run time with the common text's options and OWNER, how a lane's eight elements are loaded: by runs of tokens,
+// by pairs of channels, or SINGLE ones.
+
+#define WARPS (THREADS / 32)
+#define CHUNK 16
+#define ROWS 16
+#define NT (STATE / 8)
+#define ENTRIES (ROWS * STATE)  // of a tile's state
+#define TOKEN_RUNS 0
+#define SINGLE 1
+#define CHANNEL_RUNS 2
+#define WORDS (ELEMENT == 0 || OWNER == SINGLE ? 8 : 4)
+#define MATRIX_WORDS (ELEMENT == 0 ? 4 : 2)
+#define TURN_PITCH (STATE > 16 ? STATE : 16)
+#define TURNED (ROWS * TURN_PITCH + 16)
+#define MATRIX_PITCH (CHUNK + 4)
+
+// The number nearest to a float32 that TF32 holds. (What is not a number may lose that here, but not in x - nearest(x).)
+__device__ __forceinline__ float nearest(float x) { return high_part(__uint_as_float(__float_as_uint(x) + 0x1000u)); }
+
+// An operand of a product. In 16-bit elements it enters as TF32: cut after 10 bits, so made larger by the mean of what is
+// cut (values that TF32 holds are unchanged). In float32 see `product`.
+__device__ __forceinline__ float operand(float x) { return ELEMENT == 0 ? x : x * (1.0f + 0.7213f / 2048); }
+// The same where other arithmetic needs the very number that the product sees.
+__device__ __forceinline__ float exact_operand(float x) { return ELEMENT == 0 ? x : high_part(operand(x)); }
+
+// In float32 operands enter as sums of two numbers that TF32 holds. The product of the second ones is left out where it is
+// no more than rounding: but not in C_t . B_s, whose terms may cancel.
+template <bool WHOLE = false>
+__device__ __forceinline__ void product(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float a2, float a3, float b0, float b1) {
+#if ELEMENT == 0
+    float c0 = nearest(a0), c1 = nearest(a1), c2 = nearest(a2), c3 = nearest(a3), e0 = nearest(b0), e1 = nearest(b1);
+    if (WHOLE) mma(d0, d1, d2, d3, a0 - c0, a1 - c1, a2 - c2, a3 - c3, b0 - e0, b1 - e1);
+    mma(d0, d1, d2, d3, a0 - c0, a1 - c1, a2 - c2, a3 - c3, e0, e1);
+    mma(d0, d1, d2, d3, c0, c1, c2, c3, b0 - e0, b1 - e1);
+    mma(d0, d1, d2, d3, c0, c1, c2, c3, e0, e1);
+#else
+    mma(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1);
+#endif
+}
+
+// Column g of the j-th eight columns of a matrix of 8T: of a lane's 2T neighbouring columns, eights have two each.
+template <int T>
+__device__ __forceinline__ int column(int g, int j) { return g / 2 * 2 * T + 2 * j + g % 2; }
+
+// A lane's share of a 16 x 8T matrix: rows g and g + 8, columns 2T q to 2T q + 2T - 1.
+template <int T>
+struct Tile {
+    float v[2][2 * T];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i++) v[h][i] = 0.0f;
+    }
+    template <typename F>
+    __device__ __forceinline__ void each(F f) {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i++) f(v[h][i], h, i);
+    }
+    // Row-major, `pitch` floats a row.
+    __device__ __forceinline__ void read(const float* from, int pitch) {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i += T > 1 ? 4 : 2) {
+                const float* at = from + (g + 8 * h) * pitch + 2 * T * q + i;
+                if (T > 1) {
+                    float4 four = *(const float4*)at;
+                    v[h][i] = four.x, v[h][i + 1] = four.y, v[h][(i + 2) % (2 * T)] = four.z, v[h][(i + 3) % (2 * T)] = four.w;
+                } else {
+                    float2 two = *(const float2*)at;
+                    v[h][i] = two.x, v[h][i + 1] = two.y;
+                }
+            }
+    }
+    __device__ __forceinline__ void write(float* to, int pitch) const {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 2 * T; i += T > 1 ? 4 : 2) {
+                float* at = to + (g + 8 * h) * pitch + 2 * T * q + i;
+                if (T > 1)
+                    *(float4*)at = make_float4(v[h][i], v[h][i + 1], v[h][(i + 2) % (2 * T)], v[h][(i + 3) % (2 * T)]);
+                else
+                    *(float2*)at = make_float2(v[h][i], v[h][i + 1]);
+            }
+    }
+};
+typedef Tile<2> Tokens;
+typedef Tile<NT> State;
+
+// A lane's share of a right operand, 8K x 8T: rows 2K q + 2k + c, columns column<T>(g, j).
+template <int K, int T>
+struct Right {
+    float v[K][T][2];
+    __device__ __forceinline__ float& at(int i) { return v[i / (2 * T)][i / 2 % T][i % 2]; }
+    // In shared memory: all lanes' first four numbers, then their next four...
+    __device__ __forceinline__ void read(const float* from) {
+#pragma unroll
+        for (int i = 0; i < 2 * K * T; i += 4) {
+            float4 four = *(const float4*)(from + i * 32 + threadIdx.x % 32 * 4);
+            at(i) = four.x, at(i + 1) = four.y, at(i + 2) = four.z, at(i + 3) = four.w;
+        }
+    }
+    __device__ __forceinline__ void write(float* to) {
+#pragma unroll
+        for (int i = 0; i < 2 * K * T; i += 4)
+            *(float4*)(to + i * 32 + threadIdx.x % 32 * 4) = make_float4(at(i), at(i + 1), at(i + 2), at(i + 3));
+    }
+};
+
+template <int K, int T>
+__device__ __forceinline__ void multiply(Tile<T>& sum, const Tile<K>& a, const Right<K, T>& b) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+            product(sum.v[0][2 * j], sum.v[0][2 * j + 1], sum.v[1][2 * j], sum.v[1][2 * j + 1], a.v[0][2 * k], a.v[1][2 * k],
+                    a.v[0][2 * k + 1], a.v[1][2 * k + 1], b.v[k][j][0], b.v[k][j][1]);
+}
+// The same with a left operand that lies as a right one: rows column<2>(g, 0) and column<2>(g, 1) of the product.
+template <bool WHOLE = false, int K, int T>
+__device__ __forceinline__ void multiply(Tile<T>& sum, const Right<K, 2>& a, const Right<K, T>& b) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+            product<WHOLE>(sum.v[0][2 * j], sum.v[0][2 * j + 1], sum.v[1][2 * j], sum.v[1][2 * j + 1], a.v[k][0][0], a.v[k][1][0],
+                           a.v[k][0][1], a.v[k][1][1], b.v[k][j][0], b.v[k][j][1]);
+}
+
+// Turns a matrix of channels x columns so that channels are summed over: rows q, q + 4, q + 8, q + 12 of those in memory.
+// Rows lie so that neither way two lanes meet in a bank.
+template <int T>
+__device__ __forceinline__ Right<2, T> turned(const Tile<T>& tile, float* scratch) {
+    constexpr int pitch = T > 2 ? 8 * T : 16;
+    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < 2 * T; i += 2) {
+            int row = g + 8 * h;
+            *(float2*)(scratch + row * pitch + row / 2 * 2 + 2 * T * q + i) = make_float2(tile.v[h][i], tile.v[h][i + 1]);
+        }
+    __syncwarp();
+    Right<2, T> right;
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                int row = 8 * k + 4 * c + q;
+                right.v[k][j][c] = scratch[row * pitch + row / 2 * 2 + column<T>(g, j)];
+            }
+    return right;
+}
+
+// What a block works on: tiles of 16 channels, and tokens from `first` to `last`.
+struct Block {
+    int batch, group, tile, segment, rows, tiles, first, last;
+    i64 channel;
+    int stop;  // the sequence's length
+    __device__ __forceinline__ Block(const Args& p, int index) {
+        tile = index % (int)p.tiles, index /= (int)p.tiles;
+        segment = index % (int)p.segments, index /= (int)p.segments;
+        group = index % (int)p.groups, batch = index / (int)p.groups;
+        int most = (int)p.block_rows;
+        channel = group * p.group_size + (i64)tile * most;
+        rows = min((int)p.group_size - tile * most, most);
+        tiles = (rows + ROWS - 1) / ROWS;
+        first = segment * (int)p.segment_tokens;
+        last = min(first + (int)p.segment_tokens, (int)p.length);
+        stop = p.lengths ? (int)((const i64*)p.lengths)[batch] : (int)p.length;
+    }
+    // Where the first channel lies in an array (b, slots, d, STATE).
+    __device__ __forceinline__ float* slot(const Args& p, i64 array, i64 slots, i64 index) const {
+        return (float*)array + ((batch * slots + index) * p.channels + channel) * STATE;
+    }
+};
+
+// An entry of tiles' states that a thread passes from warp to warp: of row g + 8h, which is channel 2g + h of its tile.
+struct Entry {
+    int number, channel, n;
+    bool exists;  // some tiles have fewer entries than the block has threads
+    __device__ __forceinline__ explicit Entry(int k) {
+        number = threadIdx.x + k * THREADS;
+        exists = ENTRIES % THREADS == 0 || number < ENTRIES;
+        channel = number / STATE % 8 * 2 + number / STATE / 8, n = number % STATE;
+    }
+    __device__ __forceinline__ bool within(const Block& block, int tile) const { return exists && tile * ROWS + channel < block.rows; }
+    // Where it lies from a slot's first channel on, and in a user's (b, d, N) array.
+    __device__ __forceinline__ int offset(int tile) const { return (tile * ROWS + channel) * STATE + n; }
+    __device__ __forceinline__ float* given(const Args& p, const Block& block, i64 array, int tile) const {
+        return array && within(block, tile) && n < p.state ? (float*)array + (block.batch * p.channels + block.channel + tile * ROWS + channel) * p.state + n : nullptr;
+    }
+};
+#define OWN_ENTRIES ((ENTRIES + THREADS - 1) / THREADS)
+
+// A lane's eight elements as they are loaded.
+struct Eight {
+    unsigned words[WORDS];
+    __device__ __forceinline__ float get(int h, int i) const {
+#if ELEMENT == 0
+        return __uint_as_float(words[4 * h + i]);
+#else
+        unsigned word = OWNER == SINGLE ? words[4 * h + i] : OWNER == TOKEN_RUNS ? words[2 * h + i / 2] : words[i];
+        bool upper = OWNER == SINGLE ? false : OWNER == TOKEN_RUNS ? i % 2 : h;
+#if ELEMENT == 1
+        return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+#else
+        return narrowed_bits_to_float(upper ? word >> 16 : word & 0xffffu);
+#endif
+#endif
+    }
+    __device__ __forceinline__ void set_bits(int h, int i, element x) {
+#if ELEMENT == 0
+        words[4 * h + i] = __float_as_uint(x);
+#else
+        if (OWNER == SINGLE) {
+            words[4 * h + i] = x;
+        } else {
+            unsigned& word = words[OWNER == TOKEN_RUNS ? 2 * h + i / 2 : i];
+            word = (OWNER == TOKEN_RUNS ? i % 2 : h) ? (word & 0xffffu) | (unsigned)x << 16 : (unsigned)x;
+        }
+#endif
+    }
+    __device__ __forceinline__ element bits(int h, int i) const {
+#if ELEMENT == 0
+        return __uint_as_float(words[4 * h + i]);
+#else
+        if (OWNER == SINGLE) return (element)words[4 * h + i];
+        unsigned word = words[OWNER == TOKEN_RUNS ? 2 * h + i / 2 : i];
+        return (element)((OWNER == TOKEN_RUNS ? i % 2 : h) ? word >> 16 : word & 0xffffu);
+#endif
+    }
+    __device__ __forceinline__ void forget() {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) ::forget(words[i]);
+    }
+    __device__ __forceinline__ explicit Eight() {}
+    __device__ __forceinline__ explicit Eight(const Tokens& x) {
+#if ELEMENT == 0
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[i] = __float_as_uint(x.v[i / 4][i % 4]);
+#else
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            words[i] = OWNER == SINGLE       ? narrow(x.v[i / 4 % 2][i % 4])
+                       : OWNER == TOKEN_RUNS ? narrow_pair(x.v[i / 2 % 2][i % 2 * 2], x.v[i / 2 % 2][i % 2 * 2 + 1])
+                                             : narrow_pair(x.v[0][i % 4], x.v[1][i % 4]);
+#endif
+    }
+};
+
+// A (b, d, L) array as a lane sees it.
+struct View {
+    element* base;  // the block's first channel
+    unsigned lane;  // from there to the lane's first element; the launch sees to it that this is enough
+    i64 row, token;
+    bool runs;
+    __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block)
+        : row(row_stride), token(token_stride), runs(OWNER != SINGLE && runs_ != 0) {
+        base = (element*)address + block.batch * batch_stride + block.channel * row_stride;
+        lane = threadIdx.x % 32 / 4 * 2 * (unsigned)row_stride + (threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4) * (unsigned)token_stride;
+    }
+    __device__ __forceinline__ element* at(int tile, int span) const { return base + (tile * (ROWS * row) + span * token) + lane; }
+    __device__ __forceinline__ Eight load(const Block& block, int tile, int span) const {
+        const element* from = at(tile, span);
+        int start = span + threadIdx.x / 32 * CHUNK, rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+        Eight got;
+        if (runs && rows >= 2 && tokens >= 4) {
+#if ELEMENT == 0 && OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint4 v = *(const uint4*)(from + h * row);
+                got.words[4 * h] = v.x, got.words[4 * h + 1] = v.y, got.words[4 * h + 2] = v.z, got.words[4 * h + 3] = v.w;
+            }
+#elif OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint2 v = *(const uint2*)(from + h * row);
+                got.words[2 * h] = v.x, got.words[2 * h + 1] = v.y;
+            }
+#elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint2 v = *(const uint2*)(from + i * token);
+                got.words[i] = v.x, got.words[4 + i] = v.y;
+            }
+#elif OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) got.words[i] = *(const unsigned*)(from + i * token);
+#endif
+        } else {
+            element single[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) single[i] = i / 4 < rows && i % 4 < tokens ? from[i / 4 * row + i % 4 * token] : (element)0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) got.set_bits(i / 4, i % 4, single[i]);
+        }
+        return got;
+    }
+    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int span) const {
+        element* to = at(tile, span);
+        int start = span + threadIdx.x / 32 * CHUNK, rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+        Eight out(values);
+        if (runs && rows >= 2 && tokens >= 4) {
+#if ELEMENT == 0 && OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                *(uint4*)(to + h * row) = make_uint4(out.words[4 * h], out.words[4 * h + 1], out.words[4 * h + 2], out.words[4 * h + 3]);
+#elif OWNER == TOKEN_RUNS
+#pragma unroll
+            for (int h = 0; h < 2; h++) *(uint2*)(to + h * row) = make_uint2(out.words[2 * h], out.words[2 * h + 1]);
+#elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) *(uint2*)(to + i * token) = make_uint2(out.words[i], out.words[4 + i]);
+#elif OWNER == CHANNEL_RUNS
+#pragma unroll
+            for (int i = 0; i < 4; i++) *(unsigned*)(to + i * token) = out.words[i];
+#endif
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (i / 4 < rows && i % 4 < tokens) to[i / 4 * row + i % 4 * token] = out.bits(i / 4, i % 4);
+        }
+    }
+};
+#define VIEW(name) View(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block)
+
+// B or C of a warp's 16 tokens: a lane's four tokens of n = column<NT>(g, j).
+struct Matrix {
+    const element* base;
+    i64 row, token;
+    unsigned lane;  // as in a View
+    unsigned words[NT][MATRIX_WORDS];
+    __device__ __forceinline__ Matrix(i64 address, i64 stride_b, i64 stride_g, i64 stride_n, i64 stride_l, const Block& block)
+        : row(stride_n), token(stride_l) {
+        base = (const element*)address + block.batch * stride_b + block.group * stride_g;
+        lane = column<NT>(threadIdx.x % 32 / 4, 0) * (unsigned)stride_n + (threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4) * (unsigned)stride_l;
+    }
+    __device__ __forceinline__ void load(const Args& p, int span) {
+        int tokens = (int)p.length - span - (int)(threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            int n = column<NT>(threadIdx.x % 32 / 4, j);
+            const element* from = base + (span * token + 2 * j * row) + lane;
+            if (p.matrix_runs && tokens >= 4 && n < p.state) {
+#if ELEMENT == 0
+                uint4 v = *(const uint4*)from;
+                words[j][0] = v.x, words[j][1] = v.y, words[j][2] = v.z, words[j][3] = v.w;
+#else
+                uint2 v = *(const uint2*)from;
+                words[j][0] = v.x, words[j][1] = v.y;
+#endif
+            } else {
+                element single[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) single[i] = i < tokens && n < p.state ? from[i * token] : (element)0;
+#if ELEMENT == 0
+#pragma unroll
+                for (int i = 0; i < 4; i++) words[j][i] = __float_as_uint(single[i]);
+#else
+                words[j][0] = single[0] | (unsigned)single[1] << 16, words[j][1] = single[2] | (unsigned)single[3] << 16;
+#endif
+            }
+        }
+    }
+    __device__ __forceinline__ float get(int j, int i) const {
+#if ELEMENT == 0
+        return __uint_as_float(words[j][i]);
+#elif ELEMENT == 1
+        return __uint_as_float(i % 2 ? words[j][i / 2] & 0xffff0000u : words[j][i / 2] << 16);
+#else
+        return narrowed_bits_to_float(i % 2 ? words[j][i / 2] >> 16 : words[j][i / 2] & 0xffffu);
+#endif
+    }
+    // As operands: tokens x n, and n x tokens by way of shared memory; 0 past the sequence's end.
+    __device__ __forceinline__ void turn(Right<2, NT>& by_token, Right<NT, 2>& by_n, float* scratch, int tokens) const {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) by_token.v[i / 2][j][i % 2] = get(j, i);
+            if (tokens < CHUNK)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (4 * q + i >= tokens) by_token.v[i / 2][j][i % 2] = 0.0f;
+            *(float4*)(scratch + column<NT>(g, j) * MATRIX_PITCH + 4 * q) =
+                make_float4(by_token.v[0][j][0], by_token.v[0][j][1], by_token.v[1][j][0], by_token.v[1][j][1]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < NT; k++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) by_n.v[k][j][c] = scratch[(2 * NT * q + 2 * k + c) * MATRIX_PITCH + column<2>(g, j)];
+    }
+};
+#define MATRIX(name) Matrix(p.name, p.name##_b, p.name##_g, p.name##_n, p.name##_l, block)
