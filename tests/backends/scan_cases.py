@@ -9,7 +9,7 @@ import torch
 
 from tokendyn import core
 from tokendyn._tolerances import HALF_EPS, HALF_FACTOR, tolerance
-from tokendyn.backends.torch.ops import _scan_plain
+from tokendyn.backends.torch.ops import _scan_chunked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -56,15 +56,15 @@ def arguments(name, b, d, L, N, G=None, last=False, packed=False, padded=False, 
     return found
 
 
-def tensors(values, dtype, last):
-    """The arguments on the device in ``dtype``, parameters in float32."""
+def tensors(values, dtype, last, device=DEVICE):
+    """The arguments on a device in ``dtype``, parameters in float32."""
     parameters = ("A", "D", "delta_bias", "initial_state")
     found = {}
     for key, value in values.items():
         if not isinstance(value, np.ndarray):
             found[key] = value
             continue
-        t = torch.from_numpy(value).to(DEVICE)
+        t = torch.from_numpy(value).to(device)
         if key in DIFFERENTIABLE:
             t = t.to(torch.float32 if key in parameters and dtype != torch.float64 else dtype)
         if last and key in ("u", "delta", "z"):
@@ -118,7 +118,7 @@ def check(run, values, dtype, last=False, want=None):
     got = evaluate(run, tensors(values, dtype, last))
     assert got.keys() == want.keys()
     bound = tolerance("selective_scan", "float32")
-    plain = evaluate(_scan_plain.run, tensors(values, dtype, last)) if dtype != torch.float32 else {}
+    plain = evaluate(_scan_chunked.run, tensors(values, dtype, last, "cpu")) if dtype != torch.float32 else {}
     for key, value in want.items():
         assert got[key].shape == value.shape
         assert torch.isfinite(got[key]).all(), f"{key} is not finite"
