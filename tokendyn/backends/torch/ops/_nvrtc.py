@@ -52,6 +52,9 @@ class Kernel:
         function = _check(driver.cuModuleGetFunction(self._module, name.encode()), f"finding the kernel {name}")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), f"asking for {shared_bytes} bytes")
+        if shared_bytes > 48 << 10:  # several blocks a multiprocessor want all the shared memory that it has
+            carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _check(driver.cuFuncSetAttribute(function, carveout, 100), "asking for a multiprocessor's shared memory")
         self._function, self._shared_bytes = function, shared_bytes
 
     def __call__(self, blocks: int, threads: int, stream: int, arguments: ctypes.Array[ctypes.c_int64]) -> None:

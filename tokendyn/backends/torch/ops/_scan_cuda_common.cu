@@ -56,6 +56,22 @@ __device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, 
 }
 // Hides from the compiler where a word came from: what is made of it later is made again, not kept in registers.
 __device__ __forceinline__ void forget(unsigned& word) { asm("" : "+r"(word)); }
+// Words of an input, whose whole line is brought to the L2 cache: other warps and the next tile want the rest of it.
+__device__ __forceinline__ unsigned load_one(const void* p) {
+    unsigned v;
+    asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ uint2 load_two(const void* p) {
+    uint2 v;
+    asm("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ uint4 load_four(const void* p) {
+    uint4 v;
+    asm("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
 __device__ __forceinline__ unsigned read_flag(const unsigned* p) {
     unsigned v;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

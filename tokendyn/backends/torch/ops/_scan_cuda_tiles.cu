@@ -286,24 +286,24 @@ struct View {
 #if ELEMENT == 0 && OWNER == TOKEN_RUNS
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint4 v = *(const uint4*)(from + h * row);
+                uint4 v = load_four(from + h * row);
                 got.words[4 * h] = v.x, got.words[4 * h + 1] = v.y, got.words[4 * h + 2] = v.z, got.words[4 * h + 3] = v.w;
             }
 #elif OWNER == TOKEN_RUNS
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint2 v = *(const uint2*)(from + h * row);
+                uint2 v = load_two(from + h * row);
                 got.words[2 * h] = v.x, got.words[2 * h + 1] = v.y;
             }
 #elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                uint2 v = *(const uint2*)(from + i * token);
+                uint2 v = load_two(from + i * token);
                 got.words[i] = v.x, got.words[4 + i] = v.y;
             }
 #elif OWNER == CHANNEL_RUNS
 #pragma unroll
-            for (int i = 0; i < 4; i++) got.words[i] = *(const unsigned*)(from + i * token);
+            for (int i = 0; i < 4; i++) got.words[i] = load_one(from + i * token);
 #endif
         } else {
             element single[8];
