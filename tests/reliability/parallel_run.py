@@ -16,6 +16,7 @@ from tokendyn.experiments._trainer import Trainer
 from tokendyn.experiments.imagenet.__main__ import main as imagenet
 
 STUDY = "--seeds 0 --steps 2 --batch-size 8 --log-every 1 --evaluate-every 2 --jobs 1 --device cpu --threads 1"
+SPREAD = "--arms baseline --parallel fsdp --channels-last"  # blocks inside stages, and weights that FSDP2 cannot take
 
 
 class Task(TinyTask):
@@ -63,9 +64,10 @@ def main(folder: Path) -> None:
             except Stopped as stopped:
                 print(f"process {group.rank}: {stopped}")
             make(folder / parallel, parallel).run()
-        tree = ["--data-dir", str(folder / "tree"), "--out", str(folder / "study"), "--arms", "baseline", "published"]
-        if code := imagenet([*tree, *STUDY.split()]):
-            sys.exit(code)
+        for name, options in (("study", "--arms baseline published"), ("study-fsdp", SPREAD)):
+            tree = ["--data-dir", str(folder / "tree"), "--out", str(folder / name)]
+            if code := imagenet([*tree, *STUDY.split(), *options.split()]):
+                sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -86,12 +86,16 @@ def test_a_study_by_two_processes(parallel: tuple[Path, str]) -> None:
     for arm in ("baseline", "published"):
         accuracy = result["arms"][arm]["held_out"]["accuracy"]["mean"]
         assert accuracy * 6 == pytest.approx(round(accuracy * 6))
-        assert printed.count(f"{arm}, seed 0  step 2/2") == 1
+        assert printed.count(f"{arm}, seed 0  step 2/2") == (2 if arm == "baseline" else 1)  # and once spread
         lines = read_records(folder / "study" / arm / "seed-0" / "metrics.jsonl")
         assert [line["step"] for line in lines] == [0, 1, 2, 2]
         assert lines[1]["accuracy"] * 8 == pytest.approx(round(lines[1]["accuracy"] * 8))
-    assert printed.count("held-out results, one seed") == 1
+    assert printed.count("held-out results, one seed") == 2
     assert (folder / "study" / "figures" / "study.png").is_file()
+    whole, spread = (
+        read_records(folder / name / "baseline" / "seed-0" / "metrics.jsonl") for name in ("study", "study-fsdp")
+    )
+    np.testing.assert_allclose([line["loss"] for line in spread], [line["loss"] for line in whole], rtol=1e-4)
 
 
 def test_parts_of_a_batch() -> None:

@@ -120,7 +120,7 @@ def spread_model(
         model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
         mesh = init_device_mesh(device.type, (group.size,))
         exempt = [name for name, value in model.named_parameters() if getattr(value, "_no_weight_decay", False)]
-        for module in model.modules():
+        for module in reversed([*model.modules()]):  # the innermost lists first, as FSDP2 wants it
             if isinstance(module, nn.ModuleList):
                 for block in module:
                     fully_shard(block, mesh=mesh)
