@@ -161,7 +161,7 @@ SHAPES = {
     ),
     "weights of other states": (
         projections(weight_C=zeros(3, 8)),
-        r"io_projections: weight_C has shape \(3, 8\), expected \(N, D\) with N = 4, D = 8",
+        r"io_projections: weight_C has shape \(3, 8\), expected \(N, D\) with N = 4 from weight_B, D = 8",
     ),
     "projections that do not match": (
         lambda: tokendyn.io_spectrum(zeros(2, 5), zeros(2, 6)),
@@ -169,7 +169,7 @@ SHAPES = {
     ),
     "an order applied to two axes": (
         lambda: tokendyn.token_order(zeros(2, 5)).apply(zeros(2, 5)),
-        r"Order: x has shape \(2, 5\) and axis is -2, expected three axes",
+        r"Order.apply: x has shape \(2, 5\) and axis is -2, expected three axes",
     ),
     "an order along the batch": (
         lambda: tokendyn.token_order(zeros(2, 5)).apply(zeros(2, 5, 3), axis=0),
@@ -177,7 +177,28 @@ SHAPES = {
     ),
     "an order of other tokens": (
         lambda: tokendyn.token_order(zeros(2, 5), "hard").restore(zeros(2, 6, 3)),
-        r"indices has shape \(2, 5\), expected \(b, L\) with b = 2, L = 6",
+        r"Order.restore: y has shape \(2, 6, 3\), expected b = 2 and L = 5 tokens along axis -2, as the scores",
+    ),
+    "an order of other sequences": (
+        lambda: tokendyn.token_order(zeros(2, 5)).apply(zeros(3, 5, 3)),
+        r"Order.apply: x has shape \(3, 5, 3\), expected b = 2 and L = 5 tokens",
+    ),
+    "an order along the other axis": (
+        lambda: tokendyn.token_order(zeros(2, 5), "hard").apply(zeros(2, 3, 5)),
+        r"Order.apply: x has shape \(2, 3, 5\), expected .* along axis -2, .*; give axis=2$",
+    ),
+    "B of another state": (scan(B=zeros(2, 5, 32)), r"B has shape \(2, 5, 32\), expected \(b, N, L\) .*N = 4 from A,"),
+    "B of another state, one token": (
+        lambda: tokendyn.selective_state_update(**{**inputs("selective_state_update"), "B": zeros(2, 5)}),
+        r"selective_state_update: B has shape \(2, 5\), expected \(b, N\) or \(b, G, N\) with .*N = 4 from state,",
+    ),
+    "C of another state, A scalar": (
+        scan(A=zeros(8), C=zeros(2, 5, 32), initial_state=None),
+        r"C has shape \(2, 5, 32\), expected \(b, N, L\) with b = 2, d = 8, L = 32, N = 4 from B,",
+    ),
+    "delta of another length, and whose the other is": (
+        scan(delta=zeros(2, 8, 31)),
+        r"with b = 2, d = 8, L = 32 from u, every size",
     ),
 }
 
@@ -221,6 +242,10 @@ DTYPES = {
         lambda: tokendyn.token_order(zeros(2, 5, dtype="int64")),
         r"token_order: scores has dtype int64",
     ),
+    "a list to order": (
+        lambda: tokendyn.token_order(zeros(2, 5)).apply([[[1.0]]]),
+        r"Order.apply: x is builtins\.list, expected an array of NumPy, PyTorch or JAX; convert it first",
+    ),
     "a list": (scan(u=[[[1.0]]]), r"u is builtins\.list, expected an array of NumPy, PyTorch or JAX; convert it first"),
     "a list of scores": (
         lambda: tokendyn.token_order([[1.0, 2.0]]),
@@ -231,7 +256,7 @@ DTYPES = {
         r"NumPy backend computes in float32 and float64, got float16; convert with .astype\('float32'\)",
     ),
     "half precision scan on NumPy": (
-        lambda: tokendyn.selective_scan(**inputs("selective_scan", dtype="float16")),
+        lambda: tokendyn.selective_scan(**{k: np.float16(v) for k, v in inputs("selective_scan").items()}),
         r"NumPy backend computes in float32 and float64, got float16",
     ),
 }
@@ -274,6 +299,10 @@ OPTIONS = {
     "random inputs of unknown dtype": (
         lambda: tokendyn.random_inputs("softsort", dtype="int64"),
         r"dtype is 'int64', expected one of 'float16', 'bfloat16', 'float32', 'float64'",
+    ),
+    "random inputs in a dtype that NumPy has not": (
+        lambda: tokendyn.random_inputs("softsort", dtype="bfloat16"),
+        r"dtype is 'bfloat16', but numpy computes in float64 and float32; .* tokendyn.use\('torch'\) or ",
     ),
 }
 

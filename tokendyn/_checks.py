@@ -40,6 +40,7 @@ class Shapes:
     def __init__(self, operation: str) -> None:
         self.operation = operation
         self.sizes: dict[str, int] = {}
+        self.givers: dict[str, str] = {}  # letter -> the argument that bound it
 
     def expect(self, name: str, array: Any, *patterns: str) -> None:
         """Match ``array``'s shape with one of ``patterns``; the first of the same rank decides."""
@@ -57,6 +58,7 @@ class Shapes:
                     if isinstance(size, int) and size < 1:
                         self._fail(name, shape, patterns)
                     sizes[letter] = size
+            self.givers.update(dict.fromkeys(sizes.keys() - self.sizes.keys(), name))
             self.sizes = sizes
             return
         self._fail(name, shape, patterns)
@@ -65,7 +67,17 @@ class Shapes:
         wanted = " or ".join(
             "(" + ", ".join(pattern.split()) + ("," if len(pattern.split()) == 1 else "") + ")" for pattern in patterns
         )
-        known = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
+        broken = {
+            letter
+            for letters in map(str.split, patterns)
+            if len(letters) == len(shape)
+            for letter, size in zip(letters, shape, strict=True)
+            if self.sizes.get(letter, size) != size and letter in self.givers
+        }
+        known = ", ".join(
+            f"{letter} = {size}" + (f" from {self.givers[letter]}" if letter in broken else "")
+            for letter, size in self.sizes.items()
+        )
         raise ShapeError(
             f"{self.operation}: {name} has shape {shape}, expected {wanted}"
             + (f" with {known}" if known else "")

@@ -208,6 +208,12 @@ def _simulate(
     kind = kind_of(x0)
     if kind in ("torch", "jax"):
         return _simulate_on(kind, name, x0, parameters, sphere, t_end, times, rtol, max_steps)
+    for key, value in parameters.items():
+        if kind_of(value) in ("torch", "jax"):
+            raise DTypeError(
+                f"{name}: {key} is {describe(value)}, but x0 is {describe(x0)}; give x0 as such an array too, to "
+                f"compute and differentiate there, or {key} as numbers"
+            )
     tokens, arrays = problem_arrays(name, x0, parameters, sphere=sphere)
     return run(
         tokens,

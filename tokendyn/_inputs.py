@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokendyn import _checks as check
-from tokendyn._dispatch import current_backend, load_backend
+from tokendyn._dispatch import BACKENDS, current_backend, load_backend
 from tokendyn.errors import OptionError
 
 #: Operation -> what makes its arguments from a generator and the options given.
@@ -63,7 +63,7 @@ def random_inputs(operation: str, *, seed: int = 0, dtype: str = "float32", **op
         Arguments by name.
 
     Raises:
-        OptionError: an unknown operation or option.
+        OptionError: an unknown operation or option, or a dtype that the backend has not.
         BackendUnknown, BackendMissing, BackendBroken: see :mod:`tokendyn.errors`.
     """
     check.expect_choice("random_inputs", "operation", operation, _MAKERS)
@@ -76,7 +76,14 @@ def random_inputs(operation: str, *, seed: int = 0, dtype: str = "float32", **op
             f"random_inputs: {operation} has no option {', '.join(map(repr, unknown))}, expected some of "
             f"{', '.join(known)}"
         )
-    from_numpy = load_backend(current_backend()).from_numpy
+    backend = current_backend()
+    from_numpy = load_backend(backend).from_numpy
+    if dtype not in BACKENDS[backend].dtypes:
+        others = " or ".join(f"tokendyn.use({name!r})" for name, other in BACKENDS.items() if dtype in other.dtypes)
+        raise OptionError(
+            f"random_inputs: dtype is {dtype!r}, but {backend} computes in {' and '.join(BACKENDS[backend].dtypes)}; "
+            f"choose one of these, or {others} first"
+        )
     made = maker(np.random.default_rng(seed), **options)
     return {
         name: from_numpy(value, dtype if value.dtype.kind == "f" else None) if isinstance(value, np.ndarray) else value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokendyn import _operations as ops
-from tokendyn._dispatch import kind_of, load_backend
+from tokendyn._dispatch import backend_of, kind_of, load_backend
 from tokendyn.errors import ShapeError
 
 
@@ -42,12 +42,13 @@ class Order:
             As ``x``.
 
         Raises:
-            ShapeError: ``x`` has another number of axes or tokens.
+            ShapeError: ``x`` has another number of axes, sequences or tokens.
+            DTypeError: ``x`` is no array of the kind of the scores.
 
         Cost:
             See :func:`tokendyn.softsort` and :func:`tokendyn.take_tokens`.
         """
-        return self._run(x, axis, ops.softsort, ops.take_tokens)
+        return self._run("apply", "x", x, axis, ops.softsort, ops.take_tokens)
 
     def restore(self, y: Any, *, axis: int = -2) -> Any:
         """``y`` back in the original order: the inverse permutation, or the normalised transpose of P.
@@ -60,9 +61,10 @@ class Order:
             As ``y``.
 
         Raises:
-            ShapeError: ``y`` has another number of axes or tokens.
+            ShapeError: ``y`` has another number of axes, sequences or tokens.
+            DTypeError: ``y`` is no array of the kind of the scores.
         """
-        return self._run(y, axis, ops.softsort_restore, ops.put_tokens)
+        return self._run("restore", "y", y, axis, ops.softsort_restore, ops.put_tokens)
 
     def matrix(self) -> Any:
         """(b, L, L) the matrix that :meth:`apply` multiplies with. O(b L²): to look at, not to run."""
@@ -74,14 +76,26 @@ class Order:
     def _softsort_options(self) -> dict[str, Any]:
         return {"tau": self.tau, "power": self.power, "ascending": self.ascending}
 
-    def _run(self, x: Any, axis: int, soft: Any, hard: Any) -> Any:
+    def _run(self, method: str, name: str, x: Any, axis: int, soft: Any, hard: Any) -> Any:
+        backend_of(f"Order.{method}", {"scores": self.scores, name: x})
         if len(x.shape) != 3 or not -3 <= axis < 3 or axis % 3 == 0:
             raise ShapeError(
-                f"Order: x has shape {tuple(x.shape)} and axis is {axis}, expected three axes, batch first, "
-                f"and tokens along axis 1 (-2) or 2 (-1)"
+                f"Order.{method}: {name} has shape {tuple(x.shape)} and axis is {axis}, expected three axes, batch "
+                f"first, and tokens along axis 1 (-2) or 2 (-1)"
+            )
+        b, L = self.scores.shape
+        if x.shape[0] != b or x.shape[axis] != L:
+            elsewhere = [other for other in (1, 2) if x.shape[0] == b and x.shape[other] == L]
+            raise ShapeError(
+                f"Order.{method}: {name} has shape {tuple(x.shape)}, expected b = {b} and L = {L} tokens along axis "
+                f"{axis}, as the scores that made this order" + (f"; give axis={elsewhere[0]}" if elsewhere else "")
             )
         if axis % 3 == 2:
-            return self._run(x.swapaxes(1, 2), 1, soft, hard).swapaxes(1, 2)
+            return self._permuted(x.swapaxes(1, 2), soft, hard).swapaxes(1, 2)
+        return self._permuted(x, soft, hard)
+
+    def _permuted(self, x: Any, soft: Any, hard: Any) -> Any:
+        """``x`` (b, L, D) by ``soft``, ``hard``, or both."""
         if self.method == "softsort":
             return soft(self.scores, x, **self._softsort_options)
         permuted = hard(x, self.indices)

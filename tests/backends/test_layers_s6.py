@@ -11,7 +11,7 @@ import torch
 import tokendyn
 import tokendyn.torch as tt
 from tokendyn.backends.torch.layers import _s6
-from tokendyn.errors import OptionError, RegimeError, ShapeError
+from tokendyn.errors import DTypeError, OptionError, RegimeError, ShapeError
 
 from .layers_reference import randomize, recurrence, softplus, tokens
 
@@ -171,6 +171,16 @@ def test_parameters_of_the_scan_stay_exact(dtype: torch.dtype, monkeypatch: pyte
             r"x has shape \(2, 5, 7\), expected \(b, L, D\) with D = 8",
         ),
         (lambda: tt.S6(8)(torch.ones(5, 8)), ShapeError, "expected"),
+        *(
+            (
+                lambda make=make: make(8)(torch.ones(2, 5, 8, dtype=torch.float64)),
+                DTypeError,
+                rf"{make.__name__}: x has dtype float64, expected float32, .* x.to\(torch.float32\), or layer.to\(t",
+            )
+            for make in (tt.S6, tt.Mamba, tt.H3)
+        ),
+        (lambda: tt.S6(8).double()(torch.ones(2, 5, 8)), DTypeError, "x has dtype float32, expected float64"),
+        (lambda: tt.S6(8)(torch.ones(2, 5, 8, dtype=int)), DTypeError, r"dtype int64.*x.to\(torch.float32\)"),
         (
             lambda: tt.S6(8, order="hard")(torch.ones(1, 5, 8), seq_idx=torch.tensor([[0, 0, 0, 1, 1]])),
             OptionError,

@@ -362,6 +362,13 @@ def test_it_prints_what_happened() -> None:
 # ----------------------------------------------------------------------------------------- on tensors and JAX arrays
 
 
+def test_parameters_of_a_framework_beside_plain_tokens() -> None:
+    import torch
+
+    with pytest.raises(DTypeError, match=r"simulate: mu is a torch array .* but x0 is builtins.list; give x0 as such"):
+        tokendyn.simulate(mu=torch.tensor(1.0), s_delta=0.7, a=1.0, x0=[0.3, 1.2], t_end=1.0)
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_frameworks_agree_and_differentiate(backend: str) -> None:
     framework = pytest.importorskip(backend)

@@ -11,12 +11,18 @@ from tokendyn.errors import OptionError, ShapeError
 AGGREGATES = (None, "mean", "mean_abs")
 
 
-def _check_channels(name: str, shapes: check.Shapes, A: Any, vectors: dict[str, Any]) -> None:
-    """The groups of B and C, and the parameters that each channel has: A, and ``vectors`` of shape (d,)."""
+def _check_maps(name: str, shapes: check.Shapes, A: Any, B: Any, C: Any, tokens: str, vectors: dict[str, Any]) -> None:
+    """B and C with their axis of ``tokens``, if any, and the parameters of channels: A, and ``vectors`` (d,)."""
+    A_pattern = "d 1" if len(A.shape) == 2 and A.shape[1] == 1 else "d N"
+    state = -1 - len(tokens.split())
+    if len(B.shape) == len(C.shape) >= 2 and B.shape[state:] != C.shape[state:] and len(A.shape) == 2:
+        shapes.expect("A", A, "d", A_pattern)  # which of B and C it contradicts is the one to name
+    shapes.expect("B", B, f"b N {tokens}", f"b G N {tokens}")
+    shapes.expect("C", C, f"b N {tokens}" if len(B.shape) == len(tokens.split()) + 2 else f"b G N {tokens}")
     d, groups = shapes.sizes["d"], shapes.sizes.get("G", 1)
     if d % groups:
         raise ShapeError(f"{name}: B has G = {groups} groups, expected a divisor of d = {d}")
-    shapes.expect("A", A, "d", "d 1" if len(A.shape) == 2 and A.shape[1] == 1 else "d N")
+    shapes.expect("A", A, "d", A_pattern)
     for key, vector in vectors.items():
         if vector is not None:
             shapes.expect(key, vector, "d")
@@ -44,9 +50,7 @@ def _check_scan(
     shapes.expect("delta", delta, "b d L")
     if z is not None:
         shapes.expect("z", z, "b d L")
-    shapes.expect("B", B, "b N L", "b G N L")
-    shapes.expect("C", C, "b N L" if len(B.shape) == 3 else "b G N L")
-    _check_channels(name, shapes, A, {"D": D, "delta_bias": delta_bias})
+    _check_maps(name, shapes, A, B, C, "L", {"D": D, "delta_bias": delta_bias})
     if initial_state is not None:
         shapes.expect("initial_state", initial_state, "b d N")
     activation = check.expect_floats(name, {"u": u, "delta": delta, "z": z, "B": B, "C": C})
@@ -275,8 +279,6 @@ def selective_state_update(
     for key, array in (("x", x), ("dt", dt), ("z", z)):
         if array is not None:
             shapes.expect(key, array, "b d")
-    shapes.expect("B", B, "b N", "b G N")
-    shapes.expect("C", C, "b N" if len(B.shape) == 2 else "b G N")
-    _check_channels(name, shapes, A, {"D": D, "dt_bias": dt_bias})
+    _check_maps(name, shapes, A, B, C, "", {"D": D, "dt_bias": dt_bias})
     activation = check.expect_floats(name, {"x": x, "dt": dt, "z": z, "B": B, "C": C})
     check.expect_parameters(name, activation, {"A": A, "D": D, "dt_bias": dt_bias, "state": state})

@@ -50,7 +50,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
         """x (b, L, d_model) → the same; with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
         at the cost of (sequences, longest of them)."""
-        expect_tokens("CausalAttention", x, self.d_model)
+        expect_tokens("CausalAttention", x, self.d_model, self.in_proj.weight)
         if seq_idx is not None:
             return by_sequence(self, x, seq_idx)
         q, k, v = self._heads(x, torch.arange(x.shape[1], device=x.device))

@@ -84,7 +84,7 @@ class H3(nn.Module):
     def forward(self, x: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
         """x (b, L, d_model) → the same; with ``seq_idx`` (b, L) each of the sequences packed end to end by itself,
         at the cost of (sequences, longest of them)."""
-        expect_tokens("H3", x, self.d_model)
+        expect_tokens("H3", x, self.d_model, self.D)
         if seq_idx is not None:
             return by_sequence(self, x, seq_idx)
         q, u, _ = self._gated(x)

@@ -129,7 +129,7 @@ class Mamba(S6):
             lengths: (b,) integers, optional: sequences padded on the right. The padding, whatever it holds, changes
                 nothing before it.
         """
-        expect_tokens("Mamba", hidden_states, self.d_model)
+        expect_tokens("Mamba", hidden_states, self.d_model, self.dt_proj.weight)
         if inference_params is not None:
             if seq_idx is not None or lengths is not None:
                 raise OptionError("Mamba: inference_params came with seq_idx or lengths; decode whole sequences only")

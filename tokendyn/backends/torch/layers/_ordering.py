@@ -19,6 +19,7 @@ from tokendyn import _operations as ops
 from tokendyn._layers import OrderConfig
 from tokendyn._order import Order
 from tokendyn.backends.torch.ops._scan_plain import valid_tokens
+from tokendyn.errors import DTypeError
 
 
 class TokenOrdering(nn.Module):
@@ -254,8 +255,20 @@ def _record(x: Tensor, order: Order) -> OrderRecord:
     return OrderRecord(detached, effective, kept)
 
 
-def expect_tokens(layer: str, x: Tensor, width: int) -> None:
-    """``x`` is (b, L, D) with D = ``width``."""
+def expect_tokens(layer: str, x: Tensor, width: int, parameter: Tensor | None = None) -> None:
+    """``x`` is (b, L, D) with D = ``width`` and can meet the layer's ``parameter``.
+
+    Only what fails under autocast too is refused: integers, and float64 beside anything narrower.
+    """
     shapes = check.Shapes(layer)
     shapes.sizes["D"] = width
     shapes.expect("x", x, "b L D")
+    wide = torch.float64
+    if parameter is None:
+        return
+    if not x.is_floating_point() or (x.dtype == wide) != (parameter.dtype == wide):
+        given, expected = check.dtype_name(x), check.dtype_name(parameter)
+        raise DTypeError(
+            f"{layer}: x has dtype {given}, expected {expected}, as the layer's parameters have; convert one of them: "
+            f"x.to(torch.{expected}), or layer.to(torch.{given if x.is_floating_point() else 'float64'})"
+        )

@@ -213,7 +213,7 @@ class S6(nn.Module):
             ShapeError: x has another number of axes or channels.
             OptionError: ``seq_idx`` on a layer that orders its tokens across sequences.
         """
-        expect_tokens("S6", x, self.d_inner)
+        expect_tokens("S6", x, self.d_inner, self.dt_proj.weight)
         if self.order is not None:
             self.expect_unpacked(seq_idx)
         options = {

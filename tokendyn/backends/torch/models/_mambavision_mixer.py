@@ -93,7 +93,7 @@ class MambaVisionMixer(S6):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """``hidden_states`` (b, L, d_model) → (b, L, d_model)."""
-        expect_tokens("MambaVisionMixer", hidden_states, self.d_model)
+        expect_tokens("MambaVisionMixer", hidden_states, self.d_model, self.dt_proj.weight)
         x, z = self.in_proj(hidden_states).mT.chunk(2, dim=1)
         x = F.silu(self.conv1d_x(x)).mT
         z = F.silu(self.conv1d_z(z)).mT
