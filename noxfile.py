@@ -45,7 +45,8 @@ def shared_python(session: nox.Session) -> str:
     if not (stamp.is_file() and stamp.read_text() == wanted):
         shutil.rmtree(root, ignore_errors=True)
         venv.create(root, with_pip=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        # Not compiled: Python does so where a module is loaded, which most of those installed never are.
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         session.run(*pip, "-c", "constraints.txt", "-e", ".[all]", *GPU_COMPILERS, external=True)
         stamp.write_text(wanted)
     return str(python)
@@ -61,7 +62,9 @@ def run(session: nox.Session, *arguments: str, **variables: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Unit, backend, experiment and reliability tests; arguments go to pytest."""
-    run(session, "-m", "pytest", "tests", *IN_PARALLEL, "loadfile", *ELSEWHERE, "--durations=10", *session.posargs)
+    # In the order of collection: files of few, long tests would else come last, and one process wait for the other.
+    in_order = (*IN_PARALLEL, "loadfile", "--no-loadscope-reorder")
+    run(session, "-m", "pytest", "tests", *in_order, *ELSEWHERE, "--durations=10", *session.posargs)
 
 
 @nox.session
@@ -73,7 +76,16 @@ def equivalence(session: nox.Session) -> None:
 @nox.session(name="equivalence-selftest")
 def equivalence_selftest(session: nox.Session) -> None:
     """Plant faults one at a time; fail if the equivalence tests let any survive."""
-    run(session, "-m", "pytest", "tests/equivalence_selftest", *session.posargs, JAX_ENABLE_X64="1")
+    run(
+        session,
+        "-m",
+        "pytest",
+        "tests/equivalence_selftest",
+        *IN_PARALLEL,
+        "loadgroup",
+        *session.posargs,
+        JAX_ENABLE_X64="1",
+    )
 
 
 @nox.session

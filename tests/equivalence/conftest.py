@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ..conftest import chosen_backends
+from .check import Case
 from .record import Record
 
 _RECORD = pytest.StashKey[Record]()
@@ -35,10 +36,17 @@ def _missing(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under ``pytest -n 2 --dist loadgroup``: JAX, which compiles much, beside the others."""
+    """Under ``pytest -n 2 --dist loadgroup``: what JAX compiles, nearly all of the time, is spread by what it tests.
+
+    Of one subject a worker compiles each program once. The others share what the spec says about a case.
+    """
     for item in items:
         if item.path.parent == _MODULE.parent:
-            item.add_marker(pytest.mark.xdist_group("jax" if "-jax-" in item.name else "others"))
+            arguments = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+            case = arguments.get("case")
+            subject = case.subject if isinstance(case, Case) else arguments.get("name", item.name)
+            on_jax = arguments.get("backend") == "jax"
+            item.add_marker(pytest.mark.xdist_group(f"{subject} on jax" if on_jax else "others"))
 
 
 @pytest.hookimpl(optionalhook=True)

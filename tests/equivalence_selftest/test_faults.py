@@ -13,6 +13,8 @@ from .conftest import SURVIVED, Catch
 from .faults import FAULTS
 from .planting import Fault
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PLANTED = [
     pytest.param(fault, backend, dtype, id=f"{fault.subject}-{fault.name.replace(' ', '_')}-{backend}-{dtype}")
     for fault in FAULTS
