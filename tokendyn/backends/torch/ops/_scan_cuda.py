@@ -62,8 +62,8 @@ def _layout(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> _scan_cuda_lay
 
 def states_shape(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[int, ...]:
     """Shape of the states that the forward pass keeps for the backward pass."""
-    layout = _layout(u, A, B)
-    return u.shape[0], layout.chunks, u.shape[1], layout.padded
+    chunk, padded = _scan_cuda_layout.kept_states(A.shape[1] == 1, u.shape[2], B.shape[2])
+    return u.shape[0], -(-u.shape[2] // chunk), u.shape[1], padded
 
 
 def _side_by_side(t: torch.Tensor, along: int, run: int) -> bool:

@@ -85,6 +85,14 @@ def _scalar_bytes(warps: int, state: int) -> tuple[int, int]:
     return 4 * forward, -(-4 * backward // 16) * 16
 
 
+def kept_states(scalar_A: bool, length: int, state: int) -> tuple[int, int]:
+    """Tokens between two states that are kept for the backward pass, and the N that they are padded to."""
+    if scalar_A:
+        return 64 if length <= 64 else 128, 8 if state <= 8 else 16 if state <= 16 else 32
+    quads = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
+    return 16 * quads, 4 * quads
+
+
 @functools.cache
 def layout(
     scalar_A: bool, batch: int, groups: int, group_size: int, length: int, state: int, processors: int, fill: int
@@ -92,20 +100,19 @@ def layout(
     """The division of a call on a GPU of ``processors`` multiprocessors, ``fill`` blocks of 128 threads each."""
     if scalar_A:
         return _scalar(batch * groups, group_size, length, state, processors * fill)
-    quads = 1 << max(0, (-(-state // 4) - 1).bit_length())
-    chunk, block_rows = 16 * quads, 128 // quads
+    chunk, padded = kept_states(False, length, state)
+    block_rows = 512 // padded
     tiles, chunks = -(-group_size // block_rows), -(-length // chunk)
     fit = processors * fill // (batch * groups * tiles)
     segment = -(-chunks // max(1, min(fit, chunks)))
-    return Layout(
-        "general", 128, 4 * quads, chunk, chunks, block_rows, tiles, -(-chunks // segment), segment * chunk, 8, 8
-    )
+    segments = -(-chunks // segment)
+    return Layout("general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * chunk, 8, 8)
 
 
 def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: int) -> Layout:
     """The fewest rounds of blocks, each round as long as its blocks' tiles times their tokens."""
-    warps = 4 if length <= 64 else 8
-    padded, chunk, tiles = 8 if state <= 8 else 16 if state <= 16 else 32, 16 * warps, -(-group_size // 16)
+    chunk, padded = kept_states(True, length, state)
+    warps, tiles = chunk // 16, -(-group_size // 16)
     chunks, fit = -(-length // chunk), max(1, blocks * 4 // warps)
 
     def cost(choice: tuple[int, int]) -> float:
