@@ -84,6 +84,35 @@ def test_equals_the_plain_engine(name: str) -> None:
     assert max(errors) < 1e-13
 
 
+def test_all_derivatives() -> None:
+    """Forward mode, second derivatives, vmap, remat and scan of the kernels: those of the engine in plain JAX."""
+    sizes = {"d": 3, "L": 9, "N": 2, "groups": 1}
+    made = arguments(**sizes, dtype=jnp.float64)
+    starts = {"seq_idx": jnp.asarray([[0] * 5 + [1] * 4, [3] * 9])}
+
+    def everything(run: Callable[..., Any]) -> Any:
+        def loss(made: dict[str, Any]) -> Any:
+            y, last = run(**made, **starts, delta_softplus=True)
+            return jnp.sin(y).sum() + jnp.sin(last).sum()
+
+        direction = jax.tree.map(jnp.cos, made)
+        gradient = jax.grad(jax.checkpoint(loss))
+        two = jax.tree.map(lambda v: jnp.stack([v, 1.1 * v]), made)
+        return {
+            "jvp": jax.jvp(lambda made: run(**made, **starts, delta_softplus=True), (made,), (direction,)),
+            "jvp of grad": jax.jvp(gradient, (made,), (direction,))[1],
+            "vmap of grad": jax.vmap(gradient)(two),
+            "grad of some": jax.grad(lambda C: loss(made | {"C": C}))(made["C"]),
+            "grad of scan": jax.grad(
+                lambda u: jax.lax.scan(lambda c, _: (c + loss(made | {"u": u + c}), None), 0.0, None, length=2)[0]
+            )(made["u"]),
+        }
+
+    got = jax.jit(functools.partial(everything, functools.partial(_scan_pallas.run, tiling=SMALL)))()
+    want = jax.jit(functools.partial(everything, _scan_xla.run))()
+    assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < 1e-12
+
+
 def test_in_bfloat16_sums_are_made_in_float32() -> None:
     """One token, one state, one channel too: blocks of a single element."""
     made = arguments(d=1, L=1, N=1, groups=1, dtype=jnp.bfloat16)
@@ -211,6 +240,21 @@ def test_on_a_gpu(dtype: Any, scalar: bool) -> None:
     # A decay rate's gradient is a sum over all tokens of what cancels.
     bound = 2e-5 if dtype == jnp.float32 else 2e-2
     assert max(jax.tree.leaves(jax.tree.map(error, got, want))) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_derivatives_on_a_gpu() -> None:
+    made = arguments(d=48, L=300, N=16, groups=1, dtype=jnp.float32)
+
+    def loss(engine: str, made: dict[str, Any]) -> Any:
+        return jnp.sin(tokendyn.selective_scan(**made, delta_softplus=True, engine=engine)).sum()
+
+    def both(engine: str) -> Any:
+        gradient = jax.grad(functools.partial(loss, engine))
+        return jax.jit(lambda made: jax.jvp(gradient, (made,), (jax.tree.map(jnp.cos, made),)))(made)
+
+    assert max(jax.tree.leaves(jax.tree.map(error, both("pallas"), both("xla")))) < 1e-4
 
 
 @pytest.mark.gpu
