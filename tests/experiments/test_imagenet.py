@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.experiments.trees import write_tree
 from tokendyn import token_order
-from tokendyn.experiments import _cli
+from tokendyn.experiments import _cli, _environment
 from tokendyn.experiments._records import read_records
 from tokendyn.experiments.imagenet.__main__ import main
 from tokendyn.experiments.imagenet._measures import expected_places
@@ -167,10 +167,28 @@ def test_the_environment_is_a_whitelist(
     text = json.dumps(record)
     for private in ("a-secret", socket.gethostname(), str(Path.home()), os.getcwd()):
         assert private not in text
+    (timing, *_) = read_records(out / "baseline" / "seed-0" / "timings.jsonl")
+    assert set(timing["engines"]) == {"selective_scan"}
+    assert set(timing["engines"]["selective_scan"]) <= {"chunked", "plain"}
+    assert record["revision"] == _environment.package_revision()
+    with monkeypatch.context() as without:
+        without.setattr(_environment, "_git", lambda *_: None)
+        assert re.fullmatch("sha256:[0-9a-f]{64}", _environment.package_revision())
 
     (out / "environment.json").write_text(json.dumps([record | {"command": typed, "packages": {"torch": "0.1"}}]))
     assert main([*command, "--resume", "auto"]) == 0
     assert "note: not as in the last sitting: packages; the last bits may differ" in capsys.readouterr().err
+
+
+def test_a_size_that_the_model_is_not_made_for_is_said(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data-dir", str(tree), "--seeds", "0", "--arms", "baseline", *FAST]
+    for size in ("16", "18"):
+        assert main([*command, "--image-size", size, "--out", str(tmp_path / size)]) == 0
+        printed = capsys.readouterr().out
+        assert f"demo: mambavision_16px, 24 training and 9 held-out images of {size} px" in printed
+        assert ("mambavision_16px is made for images of 16 px, not 18; --model" in printed) == (size == "18")
 
 
 def test_expected_places() -> None:

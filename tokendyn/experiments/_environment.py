@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 
 import tokendyn
 
-PACKAGES = ("numpy", "scipy", "numba", "torch", "safetensors", "pillow", "scikit-learn", "matplotlib", "mamba-ssm")
+PACKAGES = ("numpy", "scipy", "numba", "torch", "triton", "cuda-bindings", "torchvision", "timm", "tokenizers")
+PACKAGES += ("safetensors", "pillow", "scikit-learn", "matplotlib", "mamba-ssm")
 
 
 def describe_environment(command: list[str]) -> dict[str, Any]:
@@ -34,15 +36,17 @@ def describe_environment(command: list[str]) -> dict[str, Any]:
     }
 
 
-def package_revision() -> str | None:
-    """The Git commit of a source checkout, ``+changes`` added where files differ; None if installed otherwise."""
-    root = Path(tokendyn.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return commit + ("+changes" if _git(root, "status", "--porcelain", "--", "tokendyn") else "")
+def package_revision() -> str:
+    """The Git commit of a source checkout, ``+changes`` added where files differ; without Git the digest of the
+    package's sources, ``sha256:...``."""
+    package = Path(tokendyn.__file__).resolve().parent
+    commit = _git(package.parent, "rev-parse", "HEAD") if (package.parent / ".git").exists() else None
+    if commit is not None:
+        return commit + ("+changes" if _git(package.parent, "status", "--porcelain", "--", "tokendyn") else "")
+    digest = hashlib.sha256()
+    for file in sorted(file for suffix in ("py", "cu") for file in package.rglob(f"*.{suffix}")):
+        digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _git(root: Path, *arguments: str) -> str | None:

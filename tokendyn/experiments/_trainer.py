@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
+from tokendyn.backends.torch.ops._engines import engines_taken
 from tokendyn.errors import CheckpointError, NonFiniteError, OptionError, TokendynError
 from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import Checkpoint, load_newest, save_checkpoint
@@ -205,9 +206,8 @@ class Trainer:
             if last or self.step % config.log_every == 0:
                 self._log_training()
                 seconds = time.perf_counter() - began
-                self.timings.append(
-                    {"step": self.step, "steps": self.step - began_at, "seconds": seconds} | self._memory()
-                )
+                timing = {"step": self.step, "steps": self.step - began_at, "seconds": seconds, **self._memory()}
+                self.timings.append(timing | {"engines": engines_taken()})
                 began, began_at = time.perf_counter(), self.step
             if last or self.step % config.evaluate_every == 0:
                 self._evaluate()

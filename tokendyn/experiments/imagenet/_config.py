@@ -18,7 +18,8 @@ from tokendyn.experiments._config import (
 )
 from tokendyn.experiments._order_arms import resolve_arm
 
-MODELS = ("mambavision_16px", "mambavision_32px", "mambavision_64px", "mambavision_t")
+#: Which image size each model is made for.
+MADE_FOR = {"mambavision_16px": 16, "mambavision_32px": 32, "mambavision_64px": 64, "mambavision_t": 224}
 
 
 @dataclass(frozen=True)

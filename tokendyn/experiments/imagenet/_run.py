@@ -17,7 +17,7 @@ from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._trainer import load_weights, numerics, resolve_device
-from tokendyn.experiments.imagenet._config import ImageNetConfig
+from tokendyn.experiments.imagenet._config import MADE_FOR, ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
 from tokendyn.experiments.imagenet._packed import SUFFIX, load_packed
 from tokendyn.experiments.imagenet._report import write_report
@@ -116,7 +116,13 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _introduce(preset: str, config: ImageNetConfig, images: Images, folder: Path) -> None:
-    print(f"{preset}: {len(images.train)} training and {len(images.held_out)} held-out images; results in {folder}")
+    size, model = config.data.image_size, config.model.model
+    print(
+        f"{preset}: {model}, {len(images.train)} training and {len(images.held_out)} held-out images of {size} px; "
+        f"results in {folder}"
+    )
+    if size != MADE_FOR[model]:
+        print(f"note: {model} is made for images of {MADE_FOR[model]} px, not {size}; --model chooses another")
     if preset == "demo" and config.data.data_dir is not None:
         print(
             f"note: the preset demo brings images to {config.data.image_size} px; the presets cifar10 (32 px) and "

@@ -21,6 +21,7 @@ from tokendyn.errors import EngineError, OptionError
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
+_taken: dict[str, set[str]] = {}
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_NVRTC = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
@@ -258,6 +259,14 @@ def _say_once(line: str) -> None:
         _log.info(line)
 
 
+def engines_taken() -> dict[str, list[str]]:
+    """By operation, the engines that have run calls in this process since this was last asked; compiled graphs, which
+    choose once, are not counted."""
+    found = {operation: sorted(engines) for operation, engines in sorted(_taken.items())}
+    _taken.clear()
+    return found
+
+
 def choose(operation: str, name: str, call: Call) -> Engine:
     """The engine of ``operation`` called ``name``, or with ``"auto"`` the first that takes ``call``.
 
@@ -271,6 +280,8 @@ def choose(operation: str, name: str, call: Call) -> Engine:
             continue
         reason = engine.declines(call)
         if reason is None:
+            if not torch.compiler.is_compiling():
+                _taken.setdefault(operation, set()).add(engine.name)
             if declined and call.device != "cpu" and not torch.compiler.is_compiling():
                 _say_once(f"{operation}: engine {engine.name!r} takes the call; {'; '.join(declined)}")
             return engine
