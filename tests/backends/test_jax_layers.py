@@ -79,8 +79,8 @@ CASES = {
     "TokenReorder": Case(reorder, (2, 9, 6)),
     "MambaVision": Case(both("MambaVision", **TINY, order="published", parity="published"), (2, 3, 14, 10)),
     "MambaLM": Case(both("MambaLM", **LM), ids),
-    "MambaLM, head of its own, shared blocks": Case(
-        both("MambaLM", **LM, tie_embeddings=False, share_layers=True, norm="layer"), ids
+    "MambaLM, head of its own, shared and ordered blocks": Case(
+        both("MambaLM", **LM, tie_embeddings=False, share_layers=True, norm="layer", order="published"), ids
     ),
 }
 
@@ -235,6 +235,7 @@ def test_weights_that_do_not_fit_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         tj.load_weights(module, tmp_path / "broken")
     lm = tj.MambaLM(**LM, rngs=nnx.Rngs(0))
+    assert lm.causal
     with pytest.raises(CheckpointError, match="are one parameter"):
         tj.load_state_dict(lm, tj.state_dict(lm) | {"lm_head.weight": np.zeros((12, 6), np.float32)})
 
@@ -412,6 +413,8 @@ def test_constructors_follow_the_backend_chosen() -> None:
         (lambda r: tj.MambaVision(**{**TINY, "num_heads": (3, 2)}, rngs=r), OptionError, "a divisor of the width"),
         (lambda r: tj.MambaVision(**TINY, rngs=r)(jnp.ones((1, 4, 8, 8))), ShapeError, r"\(b, 3, H, W\)"),
         (lambda r: tj.MambaLM(**{**LM, "norm": "batch"}, rngs=r), OptionError, "norm is 'batch'"),
+        (lambda r: tj.MambaLM(**LM, order="hard", rngs=r).generate(jnp.ones((1, 3), int), 2), OptionError,
+         "cannot be decoded"),
         (lambda r: tj.MambaLM(**LM, rngs=r)(jnp.ones((1, 3))), ShapeError, "of an integer dtype"),
         (lambda r: tj.MambaLM(**LM, rngs=r)(jnp.full((1, 3), -1)), DataError, "tokens hold the id -1, expected"),
         (lambda r: tj.MambaLM(**LM, rngs=r)(jnp.ones((1, 3), int), jnp.full((1, 3), 99)), DataError,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokendyn import _checks as check
+from tokendyn._layers import OrderConfig
 from tokendyn.backends.jax.layers import Mamba
 from tokendyn.backends.jax.layers._affine import Linear
 from tokendyn.backends.jax.models._norms import Dropout, LayerNorm, RMSNorm
@@ -80,6 +81,8 @@ class MambaLM(nnx.Module):
         pad_vocab_size_multiple: round the embedding's rows up to a multiple of it.
         dropout, head_dropout: of every branch; once, before the head.
         share_layers: one block's weights for all ``n_layer`` of them (paper 1, Table 10).
+        order: every mixer puts all tokens of the sequence into this order, as of :class:`~tokendyn.jax.Mamba`; earlier
+            outputs then see later tokens, and the model has the attribute ``causal = False`` and does not decode.
         remat: remake the activations inside a block in the reverse pass instead of keeping them.
         dtype: in which mixers and head compute; None: that of the parameters.
         param_dtype, rngs: see :class:`~tokendyn.jax.S6`; dropout draws from the stream ``dropout``.
@@ -117,6 +120,7 @@ class MambaLM(nnx.Module):
         dropout: float = 0.0,
         head_dropout: float = 0.0,
         share_layers: bool = False,
+        order: OrderConfig | str | None = None,
         remat: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -136,6 +140,7 @@ class MambaLM(nnx.Module):
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.vocab_size, self.n_layer = vocab_size, n_layer
         self.residual_in_fp32, self.remat = residual_in_fp32, remat
+        self.causal = order is None
         self.dtype = dtype or param_dtype
 
         def make_norm() -> nnx.Module | None:
@@ -154,6 +159,7 @@ class MambaLM(nnx.Module):
                 scalar_A=scalar_A,
                 io_regime=io_regime,
                 io_form=io_form,
+                order=order,
                 dtype=self.dtype,
                 param_dtype=param_dtype,
                 rngs=rngs,
