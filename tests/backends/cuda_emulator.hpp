@@ -18,6 +18,7 @@
 #define __grid_constant__
 #define __shared__
 
+using std::max;
 using std::min;
 
 struct alignas(16) float4 { float x, y, z, w; };

@@ -91,8 +91,8 @@ def test_values_and_gradients_are_those_of_the_plain_engine(name, case):
 FAULTS = {
     "equal scores count": ("if (k >= 0.0f) strict[n]", "strict[n]", "ties across runs of tokens"),
     "a run's ties are forgotten": ("k < 0.0f ? strict[n] :", "", "ties across runs of tokens"),
-    "another token's decay": ("placed[i] - placed[i - 1]) : 0.0f;", "placed[i] - placed[0]) : 0.0f;", "ties"),
-    "a chunk starts at zero": ("sum = *starts(p, unit, 1, chunk, 0);", "sum = 0.0f;", "ties"),
+    "another token's decay": ("last)] - placed[here - 1])", "last)] - placed[0])", "ties"),
+    "a chunk starts at zero": ("sum_next = *starts(p, unit, 1, chunk - 1, 0);", "sum_next = 0.0f;", "ties across runs of tokens"),
     "half of the channels": ("return v[0] + __shfl_xor", "return v[0] + 0 * __shfl_xor", "descending, several warps"),
 }
 

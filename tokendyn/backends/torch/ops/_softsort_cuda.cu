@@ -194,47 +194,48 @@ struct Unit {
     }
 };
 
-// An array (b, L, D) as a lane sees it, in order or through the order, maybe divided by a number a token.
+// An array (b, L, D) as a lane sees it, in order or through the order, maybe divided by a number a token. Where there is
+// no token or channel, others are read and not used: loads without conditions are under way together.
 struct Tokens {
     element* own;
     i64 step;
     const int* order;
     const float* divisor;
+    int length;
     bool exists;
+    int row;       // where the token of the chunk at hand lies whose number is the lane's, and what divides it
+    float factor;
     __device__ __forceinline__ Tokens(const Args& p, const Unit& unit, i64 base, i64 b, i64 l, i64 d, i64 ordered, i64 divided)
-        : own((element*)base + unit.batch * b + unit.channel * d), step(l),
+        : own((element*)base + unit.batch * b + min(unit.channel, (int)p.width - 1) * d), step(l),
           order(ordered ? (const int*)p.order + unit.batch * p.length : nullptr),
-          divisor(divided ? (const float*)divided + unit.batch * p.length : nullptr), exists(unit.channel < p.width) {}
+          divisor(divided ? (const float*)divided + unit.batch * p.length : nullptr), length((int)p.length),
+          exists(unit.channel < p.width) {}
 
-    // Where the tokens of a chunk lie, and what divides them: a lane knows those of token `start` + lane.
-    __device__ __forceinline__ void locate(const Args& p, const Unit& unit, int start, int& row, float& factor) const {
-        int i = start + unit.lane;
-        bool inside = i < p.length && unit.lane < CHUNK;
-        row = order && inside ? order[i] : i;
-        factor = divisor && inside ? 1.0f / divisor[i] : 1.0f;
+    // Asks where the tokens of the chunk from `start` on lie.
+    __device__ __forceinline__ void seek(const Unit& unit, int start) {
+        int i = max(0, min(start + unit.lane % CHUNK, length - 1));
+        row = order ? order[i] : i;
+        factor = divisor ? divisor[i] : 1.0f;
     }
-    __device__ __forceinline__ void load(const Args& p, const Unit& unit, float (&v)[CHUNK], int start) const {
-        int row;
-        float factor;
-        locate(p, unit, start, row, factor);
+    // The tokens of the chunk from `start` on, which was sought before.
+    __device__ __forceinline__ void load(float (&v)[CHUNK], int start) const {
         element raw[CHUNK];
 #pragma unroll
+        for (int k = 0; k < CHUNK; k++) raw[k] = own[__shfl_sync(ALL, row, k) * step];
+        float shares = 1.0f / factor;
+#pragma unroll
         for (int k = 0; k < CHUNK; k++) {
-            i64 at = __shfl_sync(ALL, row, k) * step;
-            raw[k] = exists && start + k < p.length ? own[at] : (element)0;
+            float share = __shfl_sync(ALL, shares, k);
+            v[k] = exists && start + k < length ? to_float(raw[k]) * share : 0.0f;
         }
-#pragma unroll
-        for (int k = 0; k < CHUNK; k++) v[k] = to_float(raw[k]) * (divisor ? __shfl_sync(ALL, factor, k) : 1.0f);
     }
-    __device__ __forceinline__ void store(const Args& p, const Unit& unit, const float (&v)[CHUNK], int start) const {
-        int row;
-        float factor;
-        locate(p, unit, start, row, factor);
+    __device__ __forceinline__ void store(const float (&v)[CHUNK], int start) const {
+        float shares = 1.0f / factor;
 #pragma unroll
         for (int k = 0; k < CHUNK; k++) {
             i64 at = __shfl_sync(ALL, row, k) * step;
-            float scaled = v[k] * (divisor ? __shfl_sync(ALL, factor, k) : 1.0f);
-            if (exists && start + k < p.length) own[at] = to_element(scaled);
+            float scaled = v[k] * __shfl_sync(ALL, shares, k);
+            if (exists && start + k < length) own[at] = to_element(scaled);
         }
     }
 };
@@ -243,8 +244,9 @@ struct Tokens {
 // The decays between a chunk's tokens: a lane k <= CHUNK knows that from token start + k - 1 to the next.
 __device__ __forceinline__ float load_decay(const Args& p, const Unit& unit, int start) {
     const float* placed = (const float*)p.placed + unit.batch * p.length;
-    int i = start + unit.lane;
-    return i > 0 && i < p.length && unit.lane <= CHUNK ? decay(p, placed[i] - placed[i - 1]) : 0.0f;
+    int i = start + unit.lane, last = (int)p.length - 1, here = max(1, min(i, last));
+    float k = decay(p, placed[min(here, last)] - placed[here - 1]);
+    return i > 0 && i <= last ? k : 0.0f;
 }
 
 // What chunks start with: FIELDS numbers a channel.
@@ -252,30 +254,41 @@ __device__ __forceinline__ float* starts(const Args& p, const Unit& unit, int fi
     return (float*)p.starts + ((unit.batch * p.chunks + chunk) * fields + field) * p.parts * 32 + unit.channel;
 }
 
+__device__ __forceinline__ void take_over(float (&now)[CHUNK], const float (&next)[CHUNK]) {
+#pragma unroll
+    for (int k = 0; k < CHUNK; k++) now[k] = next[k];
+}
+
+// While a chunk is worked on, the next one is under way, and where the one after it lies.
 extern "C" __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Args p) {
     Unit unit(p);
     if (!unit.exists) return;
     Tokens source = TOKENS(a), out = TOKENS(out);
     int chunks = (int)p.chunks;
-    float now[CHUNK], next[CHUNK], k_now, k_next, sum = 0.0f;
-    source.load(p, unit, next, 0), k_next = load_decay(p, unit, 0);
+    float now[CHUNK], next[CHUNK], k_now, k_next, sum = 0.0f, sum_next;
+    source.seek(unit, 0), source.load(next, 0), source.seek(unit, CHUNK), k_next = load_decay(p, unit, 0);
     for (int chunk = 0; chunk < chunks; chunk++) {
+        int start = chunk * CHUNK;
+        sum_next = sum;
         *starts(p, unit, 1, chunk, 0) = sum;
-        k_now = k_next;
-#pragma unroll
-        for (int k = 0; k < CHUNK; k++) now[k] = next[k];
-        if (chunk + 1 < chunks) source.load(p, unit, next, (chunk + 1) * CHUNK), k_next = load_decay(p, unit, (chunk + 1) * CHUNK);
+        k_now = k_next, take_over(now, next);
+        if (chunk + 1 < chunks) {
+            source.load(next, start + CHUNK), source.seek(unit, start + 2 * CHUNK);
+            k_next = load_decay(p, unit, start + CHUNK);
+        }
 #pragma unroll
         for (int k = 0; k < CHUNK; k++) sum = fmaf(fabsf(__shfl_sync(ALL, k_now, k)), sum, now[k]);
     }
     float after = 0.0f;  // the sum from the end up to and with the next token
+    source.seek(unit, (chunks - 2) * CHUNK), out.seek(unit, (chunks - 1) * CHUNK);
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
-        k_now = k_next;
-#pragma unroll
-        for (int k = 0; k < CHUNK; k++) now[k] = next[k];
-        if (chunk > 0) source.load(p, unit, next, (chunk - 1) * CHUNK), k_next = load_decay(p, unit, (chunk - 1) * CHUNK);
+        int start = chunk * CHUNK;
+        k_now = k_next, sum = sum_next, take_over(now, next);
+        if (chunk > 0) {
+            source.load(next, start - CHUNK), source.seek(unit, start - 2 * CHUNK);
+            k_next = load_decay(p, unit, start - CHUNK), sum_next = *starts(p, unit, 1, chunk - 1, 0);
+        }
         float result[CHUNK];
-        sum = *starts(p, unit, 1, chunk, 0);
 #pragma unroll
         for (int k = 0; k < CHUNK; k++) {
             result[k] = fabsf(__shfl_sync(ALL, k_now, k)) * sum;
@@ -286,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) product(const __grid_const
             after = fmaf(fabsf(__shfl_sync(ALL, k_now, k + 1)), after, now[k]);
             result[k] += after;
         }
-        out.store(p, unit, result, chunk * CHUNK);
+        out.store(result, start), out.seek(unit, start - CHUNK);
     }
 }
 
@@ -313,13 +326,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradients(const __grid_con
     if (!unit.exists) return;
     Tokens a = TOKENS(a), b = TOKENS(b), out = TOKENS(out);
     int chunks = (int)p.chunks;
-    float a_now[CHUNK], b_now[CHUNK];
+    float a_now[CHUNK], b_now[CHUNK], a_next[CHUNK], b_next[CHUNK], k_now, k_next;
     float sum_a = 0.0f, sum_b = 0.0f, strict_a = 0.0f, strict_b = 0.0f;
+    a.seek(unit, 0), b.seek(unit, 0), k_next = load_decay(p, unit, 0);
+    a.load(a_next, 0), b.load(b_next, 0), a.seek(unit, CHUNK), b.seek(unit, CHUNK);
     for (int chunk = 0; chunk < chunks; chunk++) {
-        a.load(p, unit, a_now, chunk * CHUNK), b.load(p, unit, b_now, chunk * CHUNK);
-        float k_now = load_decay(p, unit, chunk * CHUNK);
+        int start = chunk * CHUNK;
         *starts(p, unit, 4, chunk, 0) = sum_a, *starts(p, unit, 4, chunk, 1) = sum_b;
         *starts(p, unit, 4, chunk, 2) = strict_a, *starts(p, unit, 4, chunk, 3) = strict_b;
+        k_now = k_next, take_over(a_now, a_next), take_over(b_now, b_next);
+        if (chunk + 1 < chunks) {
+            a.load(a_next, start + CHUNK), b.load(b_next, start + CHUNK), k_next = load_decay(p, unit, start + CHUNK);
+            a.seek(unit, start + 2 * CHUNK), b.seek(unit, start + 2 * CHUNK);
+        }
 #pragma unroll
         for (int k = 0; k < CHUNK; k++) {
             float signed_k = __shfl_sync(ALL, k_now, k), before_a = fabsf(signed_k) * sum_a, before_b = fabsf(signed_k) * sum_b;
@@ -328,11 +347,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradients(const __grid_con
         }
     }
     float after_a = 0.0f, after_b = 0.0f, above_a = 0.0f, above_b = 0.0f;
+    a.seek(unit, (chunks - 2) * CHUNK), b.seek(unit, (chunks - 2) * CHUNK), out.seek(unit, (chunks - 1) * CHUNK);
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
-        a.load(p, unit, a_now, chunk * CHUNK), b.load(p, unit, b_now, chunk * CHUNK);
-        float k_now = load_decay(p, unit, chunk * CHUNK);
+        int start = chunk * CHUNK;
         sum_a = *starts(p, unit, 4, chunk, 0), sum_b = *starts(p, unit, 4, chunk, 1);
         strict_a = *starts(p, unit, 4, chunk, 2), strict_b = *starts(p, unit, 4, chunk, 3);
+        k_now = k_next, take_over(a_now, a_next), take_over(b_now, b_next);
+        if (chunk > 0) {
+            a.load(a_next, start - CHUNK), b.load(b_next, start - CHUNK), k_next = load_decay(p, unit, start - CHUNK);
+            a.seek(unit, start - 2 * CHUNK), b.seek(unit, start - 2 * CHUNK);
+        }
         float slope[CHUNK], forth[CHUNK], back[CHUNK], result[CHUNK];
 #pragma unroll
         for (int k = 0; k < CHUNK; k++) {
@@ -352,9 +376,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradients(const __grid_con
             slope[k] += fmaf(a_now[k], above_b, b_now[k] * above_a);
             forth[k] = fmaf(a_now[k], before_b, forth[k]), back[k] = fmaf(b_now[k], before_a, back[k]);
         }
-        if (p.out) out.store(p, unit, result, chunk * CHUNK);
+        if (p.out) out.store(result, start), out.seek(unit, start - CHUNK);
         float added[3] = {add_over_channels(slope), add_over_channels(forth), add_over_channels(back)};
-        int i = chunk * CHUNK + unit.lane;
+        int i = start + unit.lane;
         if (unit.lane < CHUNK && i < p.length)
 #pragma unroll
             for (int which = 0; which < 3; which++)

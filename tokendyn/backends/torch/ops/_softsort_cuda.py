@@ -96,7 +96,7 @@ class _Plan:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def run(self, name: str, blocks: int) -> None:
-        if blocks:
+        if blocks and self.length:
             launch(name, options(_ELEMENTS[self.dtype]), blocks, self.arguments, self.device)
 
     def arrange(self, scores: torch.Tensor, ascending: bool, with_total: bool) -> tuple[torch.Tensor, ...]:
