@@ -1,35 +1,10 @@
 // What the CUDA kernels of the selective scan share: numbers, one product on tensor cores, and the small kernels around
-// the scan. Compiled before a kernel's own text, after `struct Args`, with: ELEMENT 0 float32, 1 bfloat16, 2 float16;
+// the scan. Compiled before a kernel's own text, after `struct Args` and _cuda_numbers.cu, with: ELEMENT 0 float32, 1 bfloat16, 2 float16;
 // THREADS of a block; STATE, the N that states are padded to; PACKED (seq_idx is given); GATED (z is given; backward).
 
 #define LOG2E 1.4426950408889634f
 
-typedef long long i64;
-
 #ifndef EMULATED
-__device__ __forceinline__ float ex2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float narrowed_bits_to_float(unsigned bits) {
-    float y;
-#if ELEMENT == 2
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits));
-#else
-    y = __uint_as_float(bits << 16);
-#endif
-    return y;
-}
-__device__ __forceinline__ unsigned narrow(float x) {
-    unsigned short y;
-#if ELEMENT == 2
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-    return y;
-}
 // Two neighbours in one word, the first in its lower half.
 __device__ __forceinline__ unsigned narrow_pair(float first, float second) {
     unsigned y;
@@ -84,12 +59,6 @@ __device__ __forceinline__ void write_flag(unsigned* p, unsigned v) {
 
 // The bits of a float32 that TF32 keeps.
 __device__ __forceinline__ float high_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-
-#if ELEMENT == 0
-typedef float element;
-#else
-typedef unsigned short element;
-#endif
 
 // ln(1 + e^v) = max(v, 0) + ln(1 + w), w = e^-|v|: a polynomial in w, fitted so that ln(1 + w) is off by at most 1.7e-7 of
 // itself in float32, 1.6e-6 in 16 bits.

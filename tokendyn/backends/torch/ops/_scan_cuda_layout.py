@@ -61,7 +61,8 @@ def source(kernels: str) -> str:
     from tokendyn.backends.torch.ops._scan_cuda import FIELDS
 
     fields = "".join(f"    long long {name};\n" for name in FIELDS)
-    texts = [Path(__file__).with_name(f"_scan_cuda{name}.cu").read_text() for name in _TEXTS[kernels]]
+    names = ("_cuda_numbers.cu", *(f"_scan_cuda{name}.cu" for name in _TEXTS[kernels]))
+    texts = [Path(__file__).with_name(name).read_text() for name in names]
     return "".join((f"struct Args {{\n{fields}}};\n", *texts))
 
 
