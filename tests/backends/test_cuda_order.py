@@ -92,7 +92,11 @@ FAULTS = {
     "equal scores count": ("if (k >= 0.0f) strict[n]", "strict[n]", "ties across runs of tokens"),
     "a run's ties are forgotten": ("k < 0.0f ? strict[n] :", "", "ties across runs of tokens"),
     "another token's decay": ("last)] - placed[here - 1])", "last)] - placed[0])", "ties"),
-    "a chunk starts at zero": ("sum_next = *starts(p, unit, 1, chunk - 1, 0);", "sum_next = 0.0f;", "ties across runs of tokens"),
+    "a chunk starts at zero": (
+        "sum_next = *starts(p, unit, 1, chunk - 1, 0);",
+        "sum_next = 0.0f;",
+        "ties across runs of tokens",
+    ),
     "half of the channels": ("return v[0] + __shfl_xor", "return v[0] + 0 * __shfl_xor", "descending, several warps"),
 }
 
@@ -175,8 +179,9 @@ def test_what_the_kernels_decline(monkeypatch):
 
     def reason(**change):
         given = {"dtype": torch.bfloat16, "device": "cuda", "needs_grad": True, "transformed": False}
-        call = _engines.OrderCall(**{**given, "length": 16384, "power": 1, **change})
-        return _engines.ENGINES["softsort"][0].declines(call)
+        call = _engines.OrderCall(**{**given, "length": 16384, "power": 1, "itemsize": 2, **change})
+        (engine,) = (engine for engine in _engines.ENGINES["softsort"] if engine.name == "cuda")
+        return engine.declines(call)
 
     assert reason() is None
     assert "power is 2" in reason(power=2)
