@@ -13,7 +13,7 @@ weights ours gives its outputs and, over 20 training steps on the same fresh bat
 is reported, and the exit code is 1. Times are medians over bursts of steps in a row, by CUDA events (a clock on a
 CPU), of the models in turn, so that a drift of the machine hits all alike.
 
-FLOPs are those of one image forward, a multiply-add counted once as the paper counts it, of matrix products and
+FLOPs are those of one image forward, a multiply-add counted once (the paper counts two), of matrix products and
 convolutions; the selective scan, which torch cannot count, adds 9 L d N by hand.
 """
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import command, installed
+from gpu_timing import captured, command, installed
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -215,20 +215,6 @@ def time_in_turn(
         for name, call in calls.items():
             times[name].append(milliseconds(call, device, burst))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def captured(call: Callable[[], Any], pool: Any) -> Callable[[], None]:
-    """``call``, which must have run before, as the replay of a CUDA graph with the memory of ``pool``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    return graph.replay
 
 
 def training_bytes(model: nn.Module, call: Callable[[], Any], device: torch.device) -> int | None:
