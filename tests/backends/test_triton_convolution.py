@@ -31,7 +31,7 @@ def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     [
         (2, 13, 20, 4, True, torch.float32),
         (1, _convolution_triton.RUN + 3, 3, 4, False, torch.float32),
-        (1, _convolution_triton.RUN_BACK + 1, _convolution_triton.CHANNELS_BACK + 2, 3, True, torch.float32),
+        (1, 5, _convolution_triton.CHANNELS + 2, 3, True, torch.float32),
         (2, 5, 7, 2, True, torch.float32),
         (1, 2, 3, 4, True, torch.float32),
         (1, 9, 3, 1, True, torch.float32),

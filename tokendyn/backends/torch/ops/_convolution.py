@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tokendyn.backends.torch.ops._function import transformed
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_KERNEL_TAPS = 4  # of the Triton kernel, at most
+_KERNEL_TAPS = 4  # at most: a program of the Triton kernel holds as many sums for the gradient of the weights
 
 
 def convolve_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -11,12 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-#: Taps at most: a program holds as many sums for the gradient of the weights.
-TAPS = 4
-#: Of the forward kernel: channels of a program, tokens that it holds at a time, and tokens that it goes through.
+#: Channels of a program, tokens that it holds at a time, and tokens that it goes through.
 CHANNELS, TOKENS, RUN = 128, 4, 128
-#: Of the backward kernel, which goes token by token.
-CHANNELS_BACK, RUN_BACK = 256, 64
 
 
 @triton.jit
@@ -68,27 +64,13 @@ def convolve(
 
 
 @triton.jit
-def row_of(x, l, d, x_l, x_d, mask):
-    return tl.load(x + l * x_l + d * x_d, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def tap_of_last(weight, age: tl.constexpr, d, kept, WIDTH: tl.constexpr):
-    """The tap of the token ``age`` before the newest; 0 beyond the width."""
-    if age < WIDTH:
-        return tl.load(weight + d * WIDTH + (WIDTH - 1 - age), mask=kept, other=0.0).to(tl.float32)
-    return tl.zeros_like(d).to(tl.float32)
-
-
-@triton.jit
 def gradients(
     x, weight, bias, dy, dx, sums, x_b, x_l, x_d, dy_b, dy_l, dy_d, length, width, runs,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx, contiguous, and this run's part of the gradients of weights and bias: sums (all runs, WIDTH + 1, d).
 
-    Token by token, with the last four x and the last four gradients before the SiLU in registers: token l reaches the
-    outputs l to l + WIDTH - 1, so its own gradient is complete three tokens later.
+    Token l reaches the outputs l to l + WIDTH - 1; what the SiLU was given there is computed anew.
     """
     batch = (tl.program_id(0) // runs).to(tl.int64)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -98,51 +80,43 @@ def gradients(
     dx += batch * length * width
     sums += tl.program_id(0).to(tl.int64) * (WIDTH + 1) * width
     first = tl.program_id(0) % runs * RUN
-    last = tl.minimum(first + RUN, length)
-    w0 = tap_of_last(weight, 0, d, kept, WIDTH)
-    w1 = tap_of_last(weight, 1, d, kept, WIDTH)
-    w2 = tap_of_last(weight, 2, d, kept, WIDTH)
-    w3 = tap_of_last(weight, 3, d, kept, WIDTH)
-    zero = tl.zeros((CHANNELS,), tl.float32)
-    shift = zero
-    if HAS_BIAS:
-        shift = tl.load(bias + d, mask=kept, other=0.0).to(tl.float32)
-    x1 = row_of(x, first - 1, d, x_l, x_d, kept & (first > 0))
-    x2 = row_of(x, first - 2, d, x_l, x_d, kept & (first > 1))
-    x3 = row_of(x, first - 3, d, x_l, x_d, kept & (first > 2))
-    g1, g2, g3 = zero, zero, zero
-    sum_0, sum_1, sum_2, sum_3, sum_bias = zero, zero, zero, zero, zero
-    for l in range(first, last + 3):
-        there = kept & (l < length)
-        x0 = row_of(x, l, d, x_l, x_d, there)
-        total = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + shift
-        g0 = row_of(dy, l, d, dy_l, dy_d, there) * slope(total)
-        own = tl.where(l < last, g0, 0.0)
-        sum_0 += own * x0
-        sum_1 += own * x1
-        sum_2 += own * x2
-        sum_3 += own * x3
-        sum_bias += own
-        moved = w3 * g0 + w2 * g1 + w1 * g2 + w0 * g3
-        tl.store(dx + (l - 3) * width + d, moved, mask=kept & (l - 3 >= first))
-        x3, x2, x1 = x2, x1, x0
-        g3, g2, g1 = g2, g1, g0
-    tl.store(sums + WIDTH * width + d, sum_bias, mask=kept)
-    tl.store(sums + (WIDTH - 1) * width + d, sum_0, mask=kept)
+    sum_bias = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    sum_0, sum_1, sum_2, sum_3 = sum_bias, sum_bias, sum_bias, sum_bias
+    for start in range(first, tl.minimum(first + RUN, length), TOKENS):
+        l = start + tl.arange(0, TOKENS)
+        given = token(dy, l, d, length, dy_l, dy_d, kept)
+        given *= slope(taps(x, weight, bias, l, d, length, x_l, x_d, kept, WIDTH, HAS_BIAS))
+        moved = given * tap(weight, WIDTH - 1, d, kept, WIDTH)
+        for j in tl.static_range(1, WIDTH):
+            later = token(dy, l + j, d, length, dy_l, dy_d, kept)
+            later *= slope(taps(x, weight, bias, l + j, d, length, x_l, x_d, kept, WIDTH, HAS_BIAS))
+            moved += later * tap(weight, WIDTH - 1 - j, d, kept, WIDTH)
+        tl.store(dx + l[:, None] * width + d[None, :], moved, (l < length)[:, None] & kept[None, :])
+        sum_bias += given
+        sum_0 += given * token(x, l - (WIDTH - 1), d, length, x_l, x_d, kept)
+        if WIDTH > 1:
+            sum_1 += given * token(x, l - (WIDTH - 2), d, length, x_l, x_d, kept)
+        if WIDTH > 2:
+            sum_2 += given * token(x, l - (WIDTH - 3), d, length, x_l, x_d, kept)
+        if WIDTH > 3:
+            sum_3 += given * token(x, l, d, length, x_l, x_d, kept)
+    tl.store(sums + WIDTH * width + d, tl.sum(sum_bias, axis=0), mask=kept)
+    tl.store(sums + d, tl.sum(sum_0, axis=0), mask=kept)
     if WIDTH > 1:
-        tl.store(sums + (WIDTH - 2) * width + d, sum_1, mask=kept)
+        tl.store(sums + width + d, tl.sum(sum_1, axis=0), mask=kept)
     if WIDTH > 2:
-        tl.store(sums + (WIDTH - 3) * width + d, sum_2, mask=kept)
+        tl.store(sums + 2 * width + d, tl.sum(sum_2, axis=0), mask=kept)
     if WIDTH > 3:
-        tl.store(sums + d, sum_3, mask=kept)
+        tl.store(sums + 3 * width + d, tl.sum(sum_3, axis=0), mask=kept)
 
 
-def _launched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, most: int, run: int):
-    """Grid, sizes and constants for programs of at most ``most`` channels and ``run`` tokens."""
+def _launched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    """Grid, sizes and constants of both kernels."""
     batch, length, width = x.shape
-    channels = min(most, max(16, triton.next_power_of_2(width)))
-    runs = triton.cdiv(length, run)
-    constants = {"WIDTH": weight.shape[1], "HAS_BIAS": bias is not None, "RUN": run, "CHANNELS": channels}
+    channels = min(CHANNELS, max(16, triton.next_power_of_2(width)))
+    runs = triton.cdiv(length, RUN)
+    constants = {"WIDTH": weight.shape[1], "HAS_BIAS": bias is not None, "RUN": RUN, "TOKENS": TOKENS,
+                 "CHANNELS": channels}  # fmt: skip
     return (batch * runs, triton.cdiv(width, channels)), (length, width, runs), constants
 
 
@@ -151,9 +125,9 @@ class ConvolveSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        grid, sizes, constants = _launched(x, weight, bias, CHANNELS, RUN)
+        grid, sizes, constants = _launched(x, weight, bias)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        convolve[grid](x, weight, bias, y, *x.stride(), *sizes, **constants, TOKENS=TOKENS)
+        convolve[grid](x, weight, bias, y, *x.stride(), *sizes, **constants)
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -161,7 +135,7 @@ class ConvolveSilu(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        grid, sizes, constants = _launched(x, weight, bias, CHANNELS_BACK, RUN_BACK)
+        grid, sizes, constants = _launched(x, weight, bias)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         sums = torch.empty((grid[0], weight.shape[1] + 1, x.shape[2]), dtype=torch.float32, device=x.device)
         gradients[grid](x, weight, bias, dy, dx, sums, *x.stride(), *dy.stride(), *sizes, **constants)
