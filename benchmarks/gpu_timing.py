@@ -34,8 +34,8 @@ def median(call: Callable[[], Any], repeats: int = 20) -> float:
     return times[repeats // 2]
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """``call`` as the replay of a CUDA graph."""
+def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
+    """``call`` as the replay of a CUDA graph, with memory of its own or that of ``pool``."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -43,7 +43,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         call()
     return graph.replay
 
