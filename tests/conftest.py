@@ -77,6 +77,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: small tensors only lose by more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def quick_compilation() -> Iterator[None]:
     """JAX without most of XLA's optimisations: for tests whose time is its compilation and whose results do not depend
     on it."""

@@ -20,6 +20,7 @@ from tokendyn._operations import OPERATIONS
 
 # PyTorch's own, on the first use of forward mode, and where its compiler meets an autograd function.
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script.*deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
 ]
@@ -92,14 +93,6 @@ SUBJECTS = {
     "spectrum": Subject("io_spectrum", MAPS, {}),
 }
 DIFFERENTIABLE = [name for name, subject in SUBJECTS.items() if OPERATIONS[subject.operation].differentiable]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

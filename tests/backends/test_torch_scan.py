@@ -4,7 +4,6 @@ anything, values at the edge of the dtype, memory, and how an engine is chosen."
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from tokendyn import core
 from tokendyn.backends.torch.ops import _engines, _recurrence, _scan_chunked
 from tokendyn.backends.torch.ops._recurrence import linear_recurrence
 from tokendyn.errors import EngineError, OptionError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENGINES = ("chunked", "plain")
 CASES = {
@@ -29,14 +30,6 @@ CASES = {
     "packed and padded, scalar A": {"packed": True, "padded": True, "with_state": True, "scalar_a": True},
     "bare": {"with_d": False, "with_z": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["whole", "in pieces"])
