@@ -175,9 +175,75 @@ def spectrum_blocks() -> str:
     return table([*header, "norm after 2", "norm after 12", "predicted"], rows)
 
 
+def _study(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"study_{name}.json").read_text(encoding="utf-8"))["arms"]
+
+
+def _accuracy(name: str) -> str:
+    """Held-out accuracy of a study of orders, paired differences, and what shuffling the order at test time takes."""
+    rows = [
+        [
+            f"`{arm}`",
+            spread(found["held_out"]["accuracy"], 2, 100),
+            interval(found["difference"]["accuracy"], 2, 100) if "difference" in found else "",
+            interval(found["shuffle_loss"], 2, 100) if arm != "mean" else "0, by construction",
+        ]
+        for arm, found in _study(name).items()
+    ]
+    return table(["arm", "accuracy, %", "minus `baseline`, points", "lost when shuffled, points"], rows)
+
+
+def _mechanism(name: str) -> str:
+    """What orders and tokens did at the end of the training: stage 3 / stage 4, means over seeds."""
+    rows = []
+    for arm, found in _study(name).items():
+        orders, blocks = list(found["orders"].values()), list(found["tokens"])
+        ends = [blocks[-3], blocks[-1]]
+
+        def both(key: str, form: str, orders: list[dict[str, Any]] = orders) -> str:
+            values = [order[key]["mean"] for order in orders if key in order]
+            return " / ".join(f"{value:{form}}" for value in values)
+
+        rows.append(
+            [
+                f"`{arm}`",
+                both("effective_tokens", ".1f"),
+                both("variance_kept", ".2g"),
+                both("score_gradient", ".2g"),
+                both("agreement_class", ".2f"),
+                both("agreement_all", ".2f"),
+                *(
+                    " / ".join(f"{found['tokens'][end][key]['mean']:{form}}" for end in ends)
+                    for key, form in (("pairwise_cosine", ".2f"), ("first_cosine", ".2f"), ("clusters", ".1f"))
+                ),
+            ]
+        )
+    header = ["arm", "tokens averaged", "variance kept", "reaction", "agreement, one class", "any two images"]
+    return table([*header, "cosine of two tokens", "with the first", "clusters"], rows)
+
+
+def study_cifar10() -> str:
+    return _accuracy("cifar10")
+
+
+def study_cifar10_mechanism() -> str:
+    return _mechanism("cifar10")
+
+
+def study_imagenette() -> str:
+    return _accuracy("imagenette")
+
+
+def study_imagenette_mechanism() -> str:
+    return _mechanism("imagenette")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
-    for make in (demo_imagenet, demo_wikitext103, scan, scan_triton, spectrum, spectrum_differences, spectrum_blocks)
+    for make in (
+        *(demo_imagenet, demo_wikitext103, scan, scan_triton, spectrum, spectrum_differences, spectrum_blocks),
+        *(study_cifar10, study_cifar10_mechanism, study_imagenette, study_imagenette_mechanism),
+    )
 }
 
 
