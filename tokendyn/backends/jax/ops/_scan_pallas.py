@@ -226,15 +226,13 @@ def _forward(
     cut = launch.cut
     shared = [(p.step, launch.by_channel), (p.x, launch.by_channel), (p.A, launch.rates), (p.B, launch.by_state)]
     kept = (p.kept, launch.kept)
-    size = tiling.tile
-    (end,) = launch(kernels.ends, [*shared, kept], [(launch.bound_shape, launch.bound)], size=size)
+    (end,) = launch(kernels.ends, [*shared, kept], [(launch.bound_shape, launch.bound)])
     first = _rows(h, cut.channels, cut.state)
     before, last = launch.carry(p, end, first, reverse=False)
     (y,) = launch(
         kernels.outputs,
         [*shared, (p.C, launch.by_state), kept, (before, launch.bound)],
         [(launch.channel_shape, launch.by_channel)],
-        size=size,
     )
     return _by_channel(y, step), _by_state(last, h), before
 
@@ -271,20 +269,13 @@ def _backward(
     of_step, rates, kept = (p.step, launch.by_channel), (p.A, launch.rates), (p.kept, launch.kept)
     of_x, of_B, of_C = (p.x, launch.by_channel), (p.B, launch.by_state), (p.C, launch.by_state)
     of_dy = (dy, launch.by_channel)
-    size = tiling.tile
-    (end,) = launch(
-        kernels.reverse_ends,
-        [of_step, of_dy, rates, of_C, kept],
-        [(launch.bound_shape, launch.bound)],
-        size=size,
-    )
+    (end,) = launch(kernels.reverse_ends, [of_step, of_dy, rates, of_C, kept], [(launch.bound_shape, launch.bound)])
     after, dfirst = launch.carry(p, end, _rows(dlast, cut.channels, cut.state), reverse=True)
     states_shape = (cut.rows, cut.chunks, launch.tiles, cut.channels, cut.state)
     (states,) = launch(
         kernels.tile_states,
         [of_step, of_x, rates, of_B, kept, (before, launch.bound)],
         [(states_shape, launch.inner)],
-        size=size,
     )
     maps_shape = (cut.rows, cut.blocks, cut.tokens, cut.state)
     dstep, dx, dA, dB, dC = launch(
@@ -297,7 +288,6 @@ def _backward(
             (maps_shape, launch.partial),
             (maps_shape, launch.partial),
         ],
-        size=size,
     )
     groups, width, channels = A.shape
     dA = dA.sum(1).reshape(-1, groups, *dA.shape[2:]).sum(0)[:, :channels, :width].mT

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 
-def _decay(step: jax.Array, A: jax.Array, kept: Any, l: Any) -> jax.Array:
-    """``exp(Δ_l A)`` for a row (channels,) of step sizes, the factor between the states before and after token l."""
-    a = jnp.exp(step[:, None] * A)
+def _decay(step: Any, A: jax.Array, kept: Any, l: Any) -> jax.Array:
+    """``exp(Δ_l A)``, the factor between the states before and after token l: (channels, N or 1)."""
+    a = jnp.exp(step[l, :][:, None] * A)
     return a if kept is None else a * kept[l]
 
 
@@ -27,36 +27,25 @@ def _outer(x: jax.Array, B: jax.Array) -> jax.Array:
     return x[:, None] * B[None, :]
 
 
-def _ahead(reference: Any, first: Any, size: int) -> list[jax.Array]:
-    """Rows ``first`` to ``first + size`` of a block, asked for together, so that their ways from memory overlap."""
-    return [reference[first + k, :] for k in range(size)]
-
-
-def ends(step: Any, x: Any, A: Any, B: Any, kept: Any, end: Any, *, size: int) -> None:
-    """The state after the chunk when that before it is 0; ``size`` tokens a turn, here and below."""
+def ends(step: Any, x: Any, A: Any, B: Any, kept: Any, end: Any) -> None:
+    """The state after the chunk when that before it is 0."""
     rates = A[...]
 
-    def tile(t: Any, h: jax.Array) -> jax.Array:
-        steps, inputs, maps = (_ahead(v, t * size, size) for v in (step, x, B))
-        for k in range(size):
-            h = _decay(steps[k], rates, kept, t * size + k) * h + _outer(inputs[k], maps[k])
-        return h
+    def token(l: Any, h: jax.Array) -> jax.Array:
+        return _decay(step, rates, kept, l) * h + _outer(x[l, :], B[l, :])
 
-    end[...] = jax.lax.fori_loop(0, step.shape[0] // size, tile, jnp.zeros(end.shape, end.dtype))
+    end[...] = jax.lax.fori_loop(0, step.shape[0], token, jnp.zeros(end.shape, end.dtype))
 
 
-def reverse_ends(step: Any, dy: Any, A: Any, C: Any, kept: Any, end: Any, *, size: int) -> None:
+def reverse_ends(step: Any, dy: Any, A: Any, C: Any, kept: Any, end: Any) -> None:
     """The gradient of the state before the chunk when that of the state after it is 0."""
-    rates, tiles = A[...], step.shape[0] // size
+    rates, size = A[...], step.shape[0]
 
-    def tile(i: Any, e: jax.Array) -> jax.Array:
-        first = (tiles - 1 - i) * size
-        steps, changes, maps = (_ahead(v, first, size) for v in (step, dy, C))
-        for k in reversed(range(size)):
-            e = _decay(steps[k], rates, kept, first + k) * (e + _outer(changes[k], maps[k]))
-        return e
+    def token(i: Any, e: jax.Array) -> jax.Array:
+        l = size - 1 - i
+        return _decay(step, rates, kept, l) * (e + _outer(dy[l, :], C[l, :]))
 
-    end[...] = jax.lax.fori_loop(0, tiles, tile, jnp.zeros(end.shape, end.dtype))
+    end[...] = jax.lax.fori_loop(0, size, token, jnp.zeros(end.shape, end.dtype))
 
 
 def carry(total: Any, A: Any, kept: Any, end: Any, first: Any, before: Any, last: Any, *, reverse: bool) -> None:
@@ -77,42 +66,43 @@ def carry(total: Any, A: Any, kept: Any, end: Any, first: Any, before: Any, last
     def chunk(i: Any, h: jax.Array) -> jax.Array:
         k = chunks - 1 - i if reverse else i
         before[k, :, :] = h
-        return _decay(total[k, :], rates, kept, k) * h + end[k, :, :]
+        return _decay(total, rates, kept, k) * h + end[k, :, :]
 
     last[...] = jax.lax.fori_loop(0, chunks, chunk, first[...])
 
 
-def outputs(step: Any, x: Any, A: Any, B: Any, C: Any, kept: Any, before: Any, y: Any, *, size: int) -> None:
+def outputs(step: Any, x: Any, A: Any, B: Any, C: Any, kept: Any, before: Any, y: Any) -> None:
     """The outputs of a chunk from the state before it."""
     rates = A[...]
 
-    def tile(t: Any, h: jax.Array) -> jax.Array:
-        steps, inputs, maps, views = (_ahead(v, t * size, size) for v in (step, x, B, C))
-        for k in range(size):
-            h = _decay(steps[k], rates, kept, t * size + k) * h + _outer(inputs[k], maps[k])
-            y[t * size + k, :] = jnp.sum(h * views[k][None, :], axis=1)
+    def token(l: Any, h: jax.Array) -> jax.Array:
+        h = _decay(step, rates, kept, l) * h + _outer(x[l, :], B[l, :])
+        y[l, :] = jnp.sum(h * C[l, :][None, :], axis=1)
         return h
 
-    jax.lax.fori_loop(0, step.shape[0] // size, tile, before[...])
+    jax.lax.fori_loop(0, step.shape[0], token, before[...])
 
 
-def tile_states(step: Any, x: Any, A: Any, B: Any, kept: Any, before: Any, states: Any, *, size: int) -> None:
+def tile_states(step: Any, x: Any, A: Any, B: Any, kept: Any, before: Any, states: Any) -> None:
     """The states before every tile of a chunk, from the state before the chunk: (tiles, channels, N)."""
-    rates = A[...]
+    rates, tiles = A[...], states.shape[0]
+    size = step.shape[0] // tiles
 
     def tile(t: Any, h: jax.Array) -> jax.Array:
         states[t, :, :] = h
-        steps, inputs, maps = (_ahead(v, t * size, size) for v in (step, x, B))
-        for k in range(size):
-            h = _decay(steps[k], rates, kept, t * size + k) * h + _outer(inputs[k], maps[k])
-        return h
 
-    jax.lax.fori_loop(0, states.shape[0], tile, before[...])
+        def token(k: Any, h: jax.Array) -> jax.Array:
+            l = t * size + k
+            return _decay(step, rates, kept, l) * h + _outer(x[l, :], B[l, :])
+
+        return jax.lax.fori_loop(0, size, token, h)
+
+    jax.lax.fori_loop(0, tiles, tile, before[...])
 
 
 def gradients(
     step: Any, x: Any, A: Any, B: Any, C: Any, dy: Any, kept: Any, states: Any, after: Any,
-    dstep: Any, dx: Any, dA: Any, dB: Any, dC: Any, *, size: int,
+    dstep: Any, dx: Any, dA: Any, dB: Any, dC: Any,
 ) -> None:  # fmt: skip
     """All gradients of a chunk, from the last token to the first; the states of a tile are remade in registers.
 
@@ -128,25 +118,25 @@ def gradients(
         dA: (channels, N or 1), dB, dC: (tokens, N), of this chunk and these channels, written.
     """
     rates, tiles = A[...], states.shape[0]
+    size = step.shape[0] // tiles
 
     def tile(i: Any, carried: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         e, dA_sum = carried
         t = tiles - 1 - i
         path = [states[t, :, :]]
-        steps, inputs, changes = (_ahead(v, t * size, size) for v in (step, x, dy))
         for k in range(size):
             l = t * size + k
-            path.append(_decay(steps[k], rates, kept, l) * path[-1] + _outer(inputs[k], B[l, :]))
+            path.append(_decay(step, rates, kept, l) * path[-1] + _outer(x[l, :], B[l, :]))
         for k in reversed(range(size)):
             l = t * size + k
-            g = e + _outer(changes[k], C[l, :])
+            g = e + _outer(dy[l, :], C[l, :])
             dx[l, :] = jnp.sum(g * B[l, :][None, :], axis=1)
-            dB[l, :] = jnp.sum(g * inputs[k][:, None], axis=0)
-            dC[l, :] = jnp.sum(path[k + 1] * changes[k][:, None], axis=0)
-            e = _decay(steps[k], rates, kept, l) * g
+            dB[l, :] = jnp.sum(g * x[l, :][:, None], axis=0)
+            dC[l, :] = jnp.sum(path[k + 1] * dy[l, :][:, None], axis=0)
+            e = _decay(step, rates, kept, l) * g
             w = e * path[k]
             dstep[l, :] = jnp.sum(w * rates, axis=1)
-            dA_sum = dA_sum + w * steps[k][:, None]
+            dA_sum = dA_sum + w * step[l, :][:, None]
         return e, dA_sum
 
     _, dA_sum = jax.lax.fori_loop(0, tiles, tile, (after[...], jnp.zeros(after.shape, after.dtype)))
