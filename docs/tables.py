@@ -194,32 +194,29 @@ def _accuracy(name: str) -> str:
 
 
 def _mechanism(name: str) -> str:
-    """What orders and tokens did at the end of the training: stage 3 / stage 4, means over seeds."""
+    """What orders did at the end: stage 3 / stage 4, means over seeds."""
+    columns = (("effective_tokens", ".1f"), ("variance_kept", ".2g"), ("score_gradient", ".2g"))
+    columns += (("agreement_class", ".2f"), ("agreement_all", ".2f"))
     rows = []
     for arm, found in _study(name).items():
-        orders, blocks = list(found["orders"].values()), list(found["tokens"])
-        ends = [blocks[-3], blocks[-1]]
+        orders = list(found["orders"].values())
+        cells = [" / ".join(f"{o[key]['mean']:{form}}" for o in orders if key in o) for key, form in columns]
+        if orders:
+            rows.append([f"`{arm}`", *cells])
+    return table(
+        ["arm", "tokens averaged", "variance kept", "reaction", "agreement, one class", "any two images"], rows
+    )
 
-        def both(key: str, form: str, orders: list[dict[str, Any]] = orders) -> str:
-            values = [order[key]["mean"] for order in orders if key in order]
-            return " / ".join(f"{value:{form}}" for value in values)
 
-        rows.append(
-            [
-                f"`{arm}`",
-                both("effective_tokens", ".1f"),
-                both("variance_kept", ".2g"),
-                both("score_gradient", ".2g"),
-                both("agreement_class", ".2f"),
-                both("agreement_all", ".2f"),
-                *(
-                    " / ".join(f"{found['tokens'][end][key]['mean']:{form}}" for end in ends)
-                    for key, form in (("pairwise_cosine", ".2f"), ("first_cosine", ".2f"), ("clusters", ".1f"))
-                ),
-            ]
-        )
-    header = ["arm", "tokens averaged", "variance kept", "reaction", "agreement, one class", "any two images"]
-    return table([*header, "cosine of two tokens", "with the first", "clusters"], rows)
+def _tokens(name: str) -> str:
+    """How alike tokens were at the end: after stage 3 / stage 4, means over seeds."""
+    columns = (("pairwise_cosine", ".2f"), ("first_cosine", ".2f"), ("clusters", ".1f"))
+    rows = []
+    for arm, found in _study(name).items():
+        blocks = list(found["tokens"].values())
+        ends = (blocks[-3], blocks[-1])
+        rows.append([f"`{arm}`", *(" / ".join(f"{end[key]['mean']:{form}}" for end in ends) for key, form in columns)])
+    return table(["arm", "cosine of two tokens", "with the first", "clusters"], rows)
 
 
 def study_cifar10() -> str:
@@ -230,6 +227,10 @@ def study_cifar10_mechanism() -> str:
     return _mechanism("cifar10")
 
 
+def study_cifar10_tokens() -> str:
+    return _tokens("cifar10")
+
+
 def study_imagenette() -> str:
     return _accuracy("imagenette")
 
@@ -238,11 +239,16 @@ def study_imagenette_mechanism() -> str:
     return _mechanism("imagenette")
 
 
+def study_imagenette_tokens() -> str:
+    return _tokens("imagenette")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         *(demo_imagenet, demo_wikitext103, scan, scan_triton, spectrum, spectrum_differences, spectrum_blocks),
-        *(study_cifar10, study_cifar10_mechanism, study_imagenette, study_imagenette_mechanism),
+        *(study_cifar10, study_cifar10_mechanism, study_cifar10_tokens),
+        *(study_imagenette, study_imagenette_mechanism, study_imagenette_tokens),
     )
 }
 
