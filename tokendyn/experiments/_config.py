@@ -8,12 +8,24 @@ one. Field names are unique across the parts, so every field is one flag: ``lear
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from tokendyn.errors import OptionError
+
+C = TypeVar("C")
+
+
+class Presets(dict[str, Callable[[], C]]):
+    """A study's presets by name: functions that return a complete configuration."""
+
+    def enter(self, function: Callable[[], C]) -> Callable[[], C]:
+        """Decorator: a preset has its function's name."""
+        self[function.__name__] = function
+        return function
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from tokendyn.errors import NonFiniteError, OptionError
 from tokendyn.experiments._cli import Stopped
-from tokendyn.experiments._config import ComputeConfig, TrainConfig
+from tokendyn.experiments._config import ComputeConfig, RunConfig, TrainConfig
 from tokendyn.experiments._devices import jobs_for, take_gpu
 from tokendyn.experiments._distributed import current_group
 from tokendyn.experiments._jobs import run_jobs
@@ -96,6 +96,25 @@ class Study:
         if not all(ours):
             return None
         return self._records(self.seeds)
+
+    def run_and_report(self, report: Callable[[list[RunRecord]], None], options: RunConfig) -> list[RunRecord] | None:
+        """:meth:`run` as ``options`` say and ``report`` all; if time is up, the seeds that all arms have finished.
+
+        Returns:
+            The runs, arm by arm; or None where another process works on some of them or makes the report.
+
+        Raises:
+            Stopped, NonFiniteError, CheckpointError: see :meth:`run`.
+        """
+        with self.reporting(report):
+            runs = self.run(options.jobs, options.max_minutes)
+        if not current_group().leads:
+            return None
+        if runs is None:
+            print("other processes still train some of these runs; give the same command again for the report")
+            return None
+        report(runs)
+        return runs
 
     @contextlib.contextmanager
     def reporting(self, report: Callable[[list[RunRecord]], None]) -> Iterator[None]:

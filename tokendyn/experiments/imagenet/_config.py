@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokendyn.errors import OptionError
 from tokendyn.experiments._config import (
     ComputeConfig,
+    Presets,
     RunConfig,
     TrainConfig,
     expect_arms_and_seeds,
@@ -125,13 +125,8 @@ class ImageNetConfig:
         return {"config": config, "orders": self.orders()}
 
 
-PRESETS: dict[str, Callable[[], ImageNetConfig]] = {}
-
-
-def preset(function: Callable[[], ImageNetConfig]) -> Callable[[], ImageNetConfig]:
-    """Enter a preset into :data:`PRESETS` under its function's name."""
-    PRESETS[function.__name__] = function
-    return function
+PRESETS = Presets[ImageNetConfig]()
+preset = PRESETS.enter
 
 
 @preset

@@ -17,8 +17,6 @@ from tokendyn.backends.torch.layers._ordering import RandomOrdering, ScoreOrderi
 from tokendyn.backends.torch.models._mambavision_blocks import MixerBlock
 from tokendyn.experiments._order_measures import of_order
 
-MECHANISM_MEASURES = ("score_gradient", "direction_share", "agreement_class", "agreement_all", "agreement_raster")
-TOKEN_MEASURES = ("pairwise_cosine", "first_cosine", "clusters")
 CLUSTER_COSINE = 0.9  # tokens at least so alike to the first of a cluster belong to it
 
 

@@ -70,14 +70,7 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         def report(runs: list[RunRecord]) -> None:
             write_report(folder, preset, config, images, runs)
 
-        with study.reporting(report):
-            runs = study.run(config.run.jobs, config.run.max_minutes)
-        if not group.leads:
-            return
-        if runs is None:
-            print("other processes still train some of these runs; give the same command again for the report")
-            return
-        report(runs)
+        study.run_and_report(report, options)
 
 
 def evaluate_weights(file: Path, task: ImageTask, config: ImageNetConfig) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokendyn.experiments._config import (
     ComputeConfig,
+    Presets,
     RunConfig,
     TrainConfig,
     expect_arms_and_seeds,
@@ -89,13 +89,8 @@ class TextConfig:
         return {"config": config, "orders": self.orders()}
 
 
-PRESETS: dict[str, Callable[[], TextConfig]] = {}
-
-
-def preset(function: Callable[[], TextConfig]) -> Callable[[], TextConfig]:
-    """Enter a preset into :data:`PRESETS` under its function's name."""
-    PRESETS[function.__name__] = function
-    return function
+PRESETS = Presets[TextConfig]()
+preset = PRESETS.enter
 
 
 @preset

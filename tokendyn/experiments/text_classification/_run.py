@@ -55,9 +55,4 @@ def run_text_classification(preset: str, config: TextConfig, command: list[str])
     def report(runs: list[RunRecord]) -> None:
         write_report(folder, preset, config, texts, runs)
 
-    with study.reporting(report):
-        runs = study.run(options.jobs, options.max_minutes)
-    if runs is None:
-        print("other processes still train some of these runs; give the same command again for the report")
-        return
-    report(runs)
+    study.run_and_report(report, options)

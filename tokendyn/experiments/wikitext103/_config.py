@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokendyn.errors import OptionError
 from tokendyn.experiments._config import (
     ComputeConfig,
+    Presets,
     RunConfig,
     TrainConfig,
     expect_arms_and_seeds,
@@ -124,13 +124,8 @@ class LanguageConfig:
         return {"config": config, "models": self.models()}
 
 
-PRESETS: dict[str, Callable[[], LanguageConfig]] = {}
-
-
-def preset(function: Callable[[], LanguageConfig]) -> Callable[[], LanguageConfig]:
-    """Enter a preset into :data:`PRESETS` under its function's name."""
-    PRESETS[function.__name__] = function
-    return function
+PRESETS = Presets[LanguageConfig]()
+preset = PRESETS.enter
 
 
 @preset

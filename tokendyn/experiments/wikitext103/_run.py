@@ -74,13 +74,7 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
     def report(runs: list[RunRecord]) -> None:
         write_report(folder, preset, config, texts, runs)
 
-    with study.reporting(report):
-        runs = study.run(config.run.jobs, config.run.max_minutes)
-    if runs is None:
-        print("other processes still train some of these runs; give the same command again for the report")
-        return
-    report(runs)
-    for run in runs:
+    for run in study.run_and_report(report, config.run) or ():
         if run.seed == config.seeds[0]:  # MambaLM.from_pretrained and its like read them
             place = folder / "models" / run.folder.parent.name
             trained = load_trained(make_task(run.arm, run.seed), run.folder)
