@@ -309,12 +309,12 @@ def _backward(
 
 @_forward.defjvp
 def _changes(tiling: Tiling, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    *inputs, starts = primals
-    *outputs, before = _forward(*inputs, starts, tiling)
+    step, x, A, B, C, h, starts = primals
+    *outputs, before = _forward(step, x, A, B, C, h, starts, tiling)
     before = jax.lax.stop_gradient(before)  # how a system is solved has no derivative
 
     def change(p: Any) -> Any:
-        return list(jax.jvp(lambda *inputs: _scan_xla.recurrence(*inputs, starts), tuple(inputs), p)[1])
+        return list(jax.jvp(functools.partial(_scan_xla.recurrence, starts=starts), (step, x, A, B, C, h), p)[1])
 
     def system(pair: Any) -> Any:
         p, q = pair
@@ -325,8 +325,9 @@ def _changes(tiling: Tiling, primals: tuple[Any, ...], tangents: tuple[Any, ...]
         return p, jax.tree.map(jnp.add, rest, change(p))
 
     def solve_transposed(_: Any, right: Any) -> Any:
-        rest, dq = right
-        return jax.tree.map(jnp.add, rest, _backward(*inputs, starts, before, *dq, tiling)), dq
+        rest, (dy, dlast) = right
+        gradients = _backward(step, x, A, B, C, h, starts, before, dy, dlast, tiling)
+        return jax.tree.map(jnp.add, rest, gradients), [dy, dlast]
 
     given = _all_depend((tangents[:6], jax.tree.map(jnp.zeros_like, outputs)))
     _, changes = jax.lax.custom_linear_solve(system, given, solve, solve_transposed)
@@ -349,9 +350,4 @@ def _all_depend(arrays: Any) -> Any:
 def run(*, tiling: Tiling = Tiling(), **arguments: Any) -> tuple[jax.Array, jax.Array]:
     """Output and last state; ``arguments`` are those of :func:`~tokendyn.backends.jax.ops._recurrence.scan_by`."""
 
-    return scan_by(functools.partial(_positional, tiling), **arguments)
-
-
-def _positional(tiling: Tiling, *of_recurrence: Any) -> tuple[jax.Array, jax.Array]:
-    """custom_vjp wants its static argument by position, and last."""
-    return recurrence(*of_recurrence, tiling)
+    return scan_by(functools.partial(recurrence, tiling=tiling), **arguments)
