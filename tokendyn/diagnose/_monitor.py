@@ -102,8 +102,8 @@ class Monitor:
         self.total = now - self._begun
         self._found: dict[str, tuple[Tensor, float]] = {}
         self._opened = None
-        # As if this step cost what the last one did, so that the budget is not overdrawn.
-        within = self.budget >= 1 or self.spent + self._cost < self.budget * self.total
+        # As if this step cost a quarter more than the last one did, so that the budget is not overdrawn.
+        within = self.budget >= 1 or self.spent + 1.25 * self._cost < self.budget * self.total
         affordable = not self.records or within
         if self._number - self._last >= self.every and affordable:
             self._opened = watching(self.model, self.sites, self._receive)
