@@ -314,7 +314,7 @@ def test_constructors_stand_for_their_classes() -> None:
         model = tokendyn.MambaLM(vocab_size=5, d_model=4, n_layer=1)
         assert isinstance(model, tokendyn.MambaLM)
         assert not isinstance(model, tokendyn.Mamba)
-        with pytest.raises(CheckpointError, match=r"/nope holds no config\.json"):
+        with pytest.raises(CheckpointError, match="no folder /nope"):
             tokendyn.MambaLM.from_pretrained("/nope")
     assert isinstance(model, tokendyn.MambaLM)  # whatever backend is current
     assert "tokendyn.torch.MambaLM" in str(tokendyn.MambaLM.__doc__)
