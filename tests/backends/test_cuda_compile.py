@@ -49,8 +49,13 @@ def resources(capability: tuple[int, int], source: str, options: tuple[str, ...]
     return {name: (int(registers), int(stack)) for name, registers, stack in found}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+COMPILED = [((8, 0), variant) for variant in VARIANTS] + [
+    ((9, 0), "bfloat16, whole runs"),
+    ((9, 0), "bfloat16, scalar A"),
+]
+
+
+@pytest.mark.parametrize(("capability", "variant"), COMPILED, ids=str)
 def test_every_kernel_is_compiled_and_fits(capability, variant, tmp_path):
     division = layout(variant)
     options = division.options(*VARIANTS[variant][3:])
@@ -59,8 +64,7 @@ def test_every_kernel_is_compiled_and_fits(capability, variant, tmp_path):
     assert all(stack <= MOST_STACK for _, stack in found.values()), found
 
 
-@pytest.mark.parametrize("element", [0, 2])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(("capability", "element"), [((8, 0), 0), ((9, 0), 2)], ids=str)
 def test_every_kernel_of_softsort_is_compiled_and_fits(capability, element, tmp_path):
     found = resources(capability, _softsort_cuda.source(), _softsort_cuda.options(element), tmp_path)
     assert set(found) == {"arrange", "product", "gradients", "finish"}
