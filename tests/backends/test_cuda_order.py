@@ -14,6 +14,7 @@ from tokendyn._tolerances import HALF_EPS, HALF_FACTOR, tolerance
 from tokendyn.backends.torch.ops import _engines, _softsort_cuda, _softsort_plain
 
 from . import cuda_emulator
+from .graph_replay import expect_replay
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -213,17 +214,7 @@ def test_compiles_whole_and_is_captured_in_a_graph(name):
     eager = step()
     compiled = torch.compile(lambda s, x: getattr(tokendyn, name)(s, x, engine="cuda"), fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(eager, step(compiled), strict=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+    expect_replay(step, eager)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 # isort: split
 from tokendyn.backends.torch.ops import _scan_chunked, _scan_cuda, _scan_triton
 
+from .graph_replay import expect_replay
 from .scan_cases import arguments, check, evaluate, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -81,14 +82,4 @@ def test_compiles_whole_and_is_captured_in_a_graph(engine, scalar):
     found = torch.autograd.grad(y.float().square().sum(), [given["u"], given["A"]])
     assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
     del y  # it keeps nodes of the graph alive that belong to the default stream
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+    expect_replay(step, eager)

@@ -14,6 +14,7 @@ from tokendyn._tolerances import HALF_EPS, HALF_FACTOR, tolerance
 from tokendyn.backends.torch.ops import _engines, _softsort_plain
 from tokendyn.errors import EngineError
 
+from .graph_replay import expect_replay
 from .triton_session import DEVICE, ON_GPU
 
 # isort: split
@@ -195,17 +196,7 @@ def test_compiles_whole_and_is_captured_in_a_graph(name):
     compiled = torch.compile(lambda s, x: getattr(tokendyn, name)(s, x, engine="triton"), fullgraph=True)
     found = torch.autograd.grad(compiled(scores, x).float().square().sum(), (scores, x))
     assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+    expect_replay(step, eager)
 
 
 @pytest.mark.gpu
