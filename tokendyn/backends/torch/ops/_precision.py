@@ -20,4 +20,9 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which matrix products keep the dtype they are given: a scan or a sort rounded to bfloat16 by an
     autocast meant for a model's projections would be another scan, another order."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # some versions of torch.compile cannot look into it, and cut the graph there
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
