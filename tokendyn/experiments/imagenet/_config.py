@@ -225,7 +225,7 @@ def study_64px() -> ImageNetConfig:
         data=DataConfig(image_size=64, crop_area=0.35, on_device=True, mechanism=True),
         model=ModelConfig(model="mambavision_64px", drop_path=0.1, label_smoothing=0.1),
         train=TrainConfig(
-            epochs=60,
+            epochs=40,
             batch_size=128,
             learning_rate=1e-3,
             log_every=73,
