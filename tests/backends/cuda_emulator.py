@@ -10,7 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tokendyn.backends.torch.ops import _scan_cuda_layout, _softsort_cuda
+from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.torch.ops import _softsort_cuda
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SCAN = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts")

@@ -15,7 +15,8 @@ pytest.importorskip("cuda.bindings.nvrtc")
 # isort: split
 import triton
 
-from tokendyn.backends.torch.ops import _nvrtc, _scan_cuda_layout, _softsort_cuda
+from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.torch.ops import _nvrtc, _softsort_cuda
 
 try:
     _nvrtc.compile_source('extern "C" __global__ void nothing() {}', [], (8, 0))

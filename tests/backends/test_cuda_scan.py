@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokendyn.backends.torch.ops import _scan_cuda, _scan_cuda_layout
+from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.torch.ops import _scan_cuda
 
 from . import cuda_emulator
 from .scan_cases import CASES as SHARED

@@ -157,8 +157,21 @@ def test_who_takes_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         _engines.choose("pallas", made)
     assert _engines.choose("auto", made).name == "xla"
     monkeypatch.setattr(_engines, "platform_of", lambda array: "gpu")
+    monkeypatch.setattr(_engines, "_HAS_NVRTC", True)
+    monkeypatch.setattr(_engines, "capability", lambda: 7.5)
+    with pytest.raises(EngineError, match=r"'cuda' cannot take this call: it needs a GPU of compute capability 8\.0"):
+        _engines.choose("cuda", made)
+    assert _engines.choose("auto", made).name == "pallas"
+    monkeypatch.setattr(_engines, "capability", lambda: 8.0)
+    assert _engines.choose("auto", made).name == "cuda"
+    monkeypatch.setattr(_engines, "_HAS_NVRTC", False)
+    with pytest.raises(EngineError, match="'cuda-bindings' and 'nvidia-cuda-nvrtc' are not installed"):
+        _engines.choose("cuda", made)
     assert _engines.choose("auto", made).name == "pallas"
     assert _engines.choose("auto", arguments(dtype=jnp.float64)).name == "xla"
+    wide = made | {"B": jnp.ones((2, 1, 40, 21), jnp.float32)}
+    with pytest.raises(EngineError, match="N = 40 entries, it takes at most 32"):
+        _engines.choose("cuda", wide)
     wide = made | {"B": jnp.ones((2, 1, 300, 21), jnp.float32)}
     with pytest.raises(EngineError, match="N = 300 entries, it takes at most 256"):
         _engines.choose("pallas", wide)
@@ -225,12 +238,12 @@ def test_softsort_lowers_for_cuda() -> None:
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("scalar", [False, True])
-def test_on_a_gpu(dtype: Any, scalar: bool) -> None:
-    """Compiled kernels at real sizes, odd ones, with everything given, by the engine that "auto" chooses."""
+@pytest.mark.parametrize("engine", ["cuda", "pallas"])
+def test_on_a_gpu(dtype: Any, scalar: bool, engine: str) -> None:
+    """Compiled kernels at real sizes, odd ones, with everything given."""
     made = arguments(d=330, L=1021, N=13, groups=3, scalar=scalar, dtype=dtype)
     options = {"seq_idx": jnp.asarray([[0] * 500 + [1] * 521, [3] * 1021]), "lengths": jnp.asarray([1021, 700])}
-    assert _engines.choose("auto", made).name == "pallas"
-    got = results(_engines.choose("auto", made).run, made, **options)
+    got = results(_engines.choose(engine, made).run, made, **options)
     want = results(_scan_xla.run, made, **options)
     # A decay rate's gradient is a sum over all tokens of what cancels.
     bound = 2e-5 if dtype == jnp.float32 else 2e-2
@@ -239,7 +252,8 @@ def test_on_a_gpu(dtype: Any, scalar: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-def test_derivatives_on_a_gpu() -> None:
+@pytest.mark.parametrize("name", ["cuda", "pallas"])
+def test_derivatives_on_a_gpu(name: str) -> None:
     made = arguments(d=48, L=300, N=16, groups=1, dtype=jnp.float32)
 
     def loss(engine: str, made: dict[str, Any]) -> Any:
@@ -249,7 +263,7 @@ def test_derivatives_on_a_gpu() -> None:
         gradient = jax.grad(functools.partial(loss, engine))
         return jax.jit(lambda made: jax.jvp(gradient, (made,), (jax.tree.map(jnp.cos, made),)))(made)
 
-    assert max(jax.tree.leaves(jax.tree.map(error, both("pallas"), both("xla")))) < 1e-4
+    assert max(jax.tree.leaves(jax.tree.map(error, both(name), both("xla")))) < 1e-4
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ before ``xla``, which takes every call.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from tokendyn.errors import EngineError, OptionError
 
 #: Largest N whose state the kernels hold in registers.
 PALLAS_STATE = 256
+#: Largest N that the CUDA kernels take.
+CUDA_STATE = 32
+_HAS_NVRTC = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,30 @@ def kernels_decline(array: jax.Array) -> str | None:
     return None
 
 
+def capability() -> float:
+    """Compute capability of the device that JAX takes by default; 0 where it is none of NVIDIA's."""
+    text = jax.local_devices()[0].compute_capability
+    return float(text) if text.replace(".", "").isdigit() else 0.0
+
+
+def _cuda_declines(arguments: Mapping[str, Any]) -> str | None:
+    state = arguments["B"].shape[-2]
+    if state > CUDA_STATE:
+        return f"the state has N = {state} entries, it takes at most {CUDA_STATE}"
+    reason = kernels_decline(arguments["u"])
+    if reason is None and not _HAS_NVRTC:
+        return "the packages 'cuda-bindings' and 'nvidia-cuda-nvrtc' are not installed"
+    if reason is None and capability() < 8:
+        return "it needs a GPU of compute capability 8.0 or later"
+    return reason
+
+
+def _cuda_run(**arguments: Any) -> tuple[jax.Array, jax.Array]:
+    from tokendyn.backends.jax.ops import _scan_cuda  # registers a target with XLA, which no other device needs
+
+    return _scan_cuda.run(**arguments)
+
+
 def _pallas_declines(arguments: Mapping[str, Any]) -> str | None:
     state = arguments["B"].shape[-2]
     if state > PALLAS_STATE:
@@ -82,6 +110,7 @@ def _pallas_run(**arguments: Any) -> tuple[jax.Array, jax.Array]:
 
 
 ENGINES: tuple[Engine, ...] = (
+    Engine("cuda", _cuda_declines, _cuda_run),
     Engine("pallas", _pallas_declines, _pallas_run),
     Engine("xla", lambda arguments: None, _scan_xla.run),
 )

@@ -1,8 +1,7 @@
 """The pallas engine: the recurrence of a selective scan in GPU kernels, with a reverse pass from chunk states.
 
 The forward pass keeps the state before every chunk; the reverse pass remakes the rest. Forward mode, and with it every
-further derivative, is that of the XLA engine: a change of the outputs is linear in that of the inputs, q = T p, and JAX
-is given it as the solution of a linear system, (p, q - T p) = (given, 0), whose transpose the kernels solve.
+further derivative, is that of the XLA engine (``_derivatives.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from tokendyn.backends.jax.ops import _scan_pallas_kernels as kernels
 from tokendyn.backends.jax.ops import _scan_xla
+from tokendyn.backends.jax.ops._derivatives import change_of
 from tokendyn.backends.jax.ops._recurrence import scan_by
 
 
@@ -313,37 +313,13 @@ def _changes(tiling: Tiling, primals: tuple[Any, ...], tangents: tuple[Any, ...]
     *outputs, before = _forward(step, x, A, B, C, h, starts, tiling)
     before = jax.lax.stop_gradient(before)  # how a system is solved has no derivative
 
-    def change(p: Any) -> Any:
+    def apply(p: Any) -> Any:
         return list(jax.jvp(functools.partial(_scan_xla.recurrence, starts=starts), (step, x, A, B, C, h), p)[1])
 
-    def system(pair: Any) -> Any:
-        p, q = pair
-        return p, jax.tree.map(jnp.subtract, q, change(p))
+    def transpose(dy: jax.Array, dlast: jax.Array) -> Any:
+        return _backward(step, x, A, B, C, h, starts, before, dy, dlast, tiling)
 
-    def solve(_: Any, right: Any) -> Any:
-        p, rest = right
-        return p, jax.tree.map(jnp.add, rest, change(p))
-
-    def solve_transposed(_: Any, right: Any) -> Any:
-        rest, (dy, dlast) = right
-        gradients = _backward(step, x, A, B, C, h, starts, before, dy, dlast, tiling)
-        return jax.tree.map(jnp.add, rest, gradients), [dy, dlast]
-
-    given = _all_depend((tangents[:6], jax.tree.map(jnp.zeros_like, outputs)))
-    _, changes = jax.lax.custom_linear_solve(system, given, solve, solve_transposed)
-    return (*outputs, before), (*changes, jnp.zeros_like(before))
-
-
-def _all_depend(arrays: Any) -> Any:
-    """``arrays``, each of which JAX takes to depend on whatever one of them depends on.
-
-    It transposes a system only if all of its right-hand side is unknown, zeros too. The sum is never chosen, and
-    nothing is left of it when compiled.
-    """
-    leaves, tree = jax.tree.flatten(arrays)
-    never = jnp.zeros((), bool)
-    link = functools.reduce(jnp.add, (leaf[(0,) * leaf.ndim] for leaf in leaves))
-    return tree.unflatten([leaf + jnp.where(never, link, 0) for leaf in leaves])
+    return (*outputs, before), (*change_of(outputs, tangents[:6], apply, transpose), jnp.zeros_like(before))
 
 
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "tiling"))

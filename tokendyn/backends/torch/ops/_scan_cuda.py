@@ -10,27 +10,14 @@ import functools
 
 import torch
 
-from tokendyn.backends.torch.ops import _scan_cuda_layout
-from tokendyn.backends.torch.ops._scan_cuda_layout import STATE as STATE
+from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.cuda._scan_cuda_layout import ARGUMENTS, PLACES, SUM, SUMS_FROM
+from tokendyn.backends.cuda._scan_cuda_layout import STATE as STATE
 from tokendyn.backends.torch.ops._scan_operator import register
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TOKEN_RUNS, _SINGLE, _CHANNEL_RUNS = range(3)
-_SUM = ("in", "out", "outer", "parts", "inner", "next", "columns", "element")
-_SUMS = 5  # of A, D, delta_bias, B, C
-FIELDS = (
-    "batch", "channels", "length", "groups", "group_size", "state", "block_rows", "tiles", "segments", "segment_tokens",
-    "chunks", "parts", "chain", "softplus", "keep", "backwards", "matrix_runs",
-    "A", "D", "bias", "seq_idx", "lengths", "first_state", "last_state", "last_gradient", "dfirst",
-    "states", "slots", "ends", "decays", "dA", "dD", "dbias", "parts_out", "counters",
-    *(f"{name}{suffix}" for name in ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
-      for suffix in ("", "_b", "_d", "_l", "_runs")),
-    *(f"{name}{suffix}" for name in ("B", "C") for suffix in ("", "_b", "_g", "_n", "_l")),
-    f"sums[{_SUMS * len(_SUM)}]",
-)  # fmt: skip
-_PLACES = {name: place for place, name in enumerate(FIELDS)}
-_SUMS_FROM = len(FIELDS) - 1
-_Arguments = ctypes.c_int64 * (_SUMS_FROM + _SUMS * len(_SUM))
+_Arguments = ctypes.c_int64 * ARGUMENTS
 
 
 def launch(
@@ -125,13 +112,13 @@ class _Plan:
         self.give_activations(u=u, delta=delta, z=z)
         for name, t in (("B", _near(B)), ("C", _near(C))):
             self.give(**{name: t})
-            place = _PLACES[name]
+            place = PLACES[name]
             self.arguments[place + 1 : place + 5] = t.stride()
 
     def give(self, **tensors: torch.Tensor | None) -> None:
         for name, t in tensors.items():
             if t is not None:
-                self.arguments[_PLACES[name]] = t.data_ptr()
+                self.arguments[PLACES[name]] = t.data_ptr()
                 self.kept.append(t)
 
     def give_activations(self, **tensors: torch.Tensor | None) -> None:
@@ -139,7 +126,7 @@ class _Plan:
         for name, t in tensors.items():
             if t is not None:
                 runs = self.owner != _SINGLE and _side_by_side(t, along, run)
-                place = _PLACES[name]
+                place = PLACES[name]
                 self.arguments[place : place + 5] = (t.data_ptr(), *t.stride(), runs)
                 self.kept.append(t)
 
@@ -150,7 +137,7 @@ class _Plan:
         self.give(ends=self.floats(*per_segment), decays=self.floats(*per_segment), slots=slots)
 
     def set(self, name: str, value: int) -> None:
-        self.arguments[_PLACES[name]] = value
+        self.arguments[PLACES[name]] = value
 
     def floats(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
@@ -171,7 +158,7 @@ class _Plan:
 
     def sum(self, *wanted: tuple) -> list[torch.Tensor | None]:
         """Sums in one launch: of (blocks' floats, offset, like what, outer, parts, inner, next, columns) each."""
-        place, blocks, found = _SUMS_FROM, 0, []
+        place, blocks, found = SUMS_FROM, 0, []
         for given, offset, like, outer, parts, inner, step, columns in wanted:
             if like is None:
                 found.append(None)
@@ -179,10 +166,10 @@ class _Plan:
             direct = like.dtype in (torch.float32, self.u.dtype)
             out = torch.empty(like.shape, dtype=like.dtype if direct else torch.float32, device=like.device)
             narrow = int(out.dtype != torch.float32)
-            self.arguments[place : place + len(_SUM)] = (
+            self.arguments[place : place + len(SUM)] = (
                 given.data_ptr() + 4 * offset, out.data_ptr(), outer, parts, inner, step, columns, narrow,
             )  # fmt: skip
-            place, blocks = place + len(_SUM), blocks + -(-outer * inner // self.layout.threads)
+            place, blocks = place + len(SUM), blocks + -(-outer * inner // self.layout.threads)
             found.append(out)
         self.run("add_parts", blocks, True)
         return [None if out is None else out.to(given[2].dtype) for out, given in zip(found, wanted, strict=True)]

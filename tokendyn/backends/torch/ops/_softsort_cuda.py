@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tokendyn.backends.cuda._scan_cuda_layout import FOLDER
 from tokendyn.backends.torch.ops._permute import sorting
 from tokendyn.backends.torch.ops._softsort_operator import register
 
@@ -39,7 +40,8 @@ _LARGEST = 3e38
 def source() -> str:
     """The kernels, below the structure of their arguments."""
     fields = "".join(f"    long long {name};\n" for name in _FIELDS)
-    texts = (Path(__file__).with_name(name).read_text() for name in ("_cuda_numbers.cu", "_softsort_cuda.cu"))
+    files = (FOLDER / "_cuda_numbers.cu", Path(__file__).with_name("_softsort_cuda.cu"))
+    texts = (file.read_text() for file in files)
     return "".join((f"struct Args {{\n{fields}}};\n", *texts))
 
 

@@ -1,4 +1,4 @@
-"""How the cuda engine's kernels divide a call: blocks, segments, shared memory, the compiler's options."""
+"""How the scan's CUDA kernels divide a call: blocks, segments, shared memory, the compiler's options."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+#: Where the CUDA sources are.
+FOLDER = Path(__file__).parent
+#: The kernels' argument: a structure of 64-bit integers, at whose end stand the numbers of SUMS sums.
+SUM = ("in", "out", "outer", "parts", "inner", "next", "columns", "element")
+SUMS = 5  # of A, D, delta_bias, B, C
+FIELDS = (
+    "batch", "channels", "length", "groups", "group_size", "state", "block_rows", "tiles", "segments", "segment_tokens",
+    "chunks", "parts", "chain", "softplus", "keep", "backwards", "matrix_runs",
+    "A", "D", "bias", "seq_idx", "lengths", "first_state", "last_state", "last_gradient", "dfirst",
+    "states", "slots", "ends", "decays", "dA", "dD", "dbias", "parts_out", "counters",
+    *(f"{name}{suffix}" for name in ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
+      for suffix in ("", "_b", "_d", "_l", "_runs")),
+    *(f"{name}{suffix}" for name in ("B", "C") for suffix in ("", "_b", "_g", "_n", "_l")),
+    f"sums[{SUMS * len(SUM)}]",
+)  # fmt: skip
+PLACES = {name: place for place, name in enumerate(FIELDS)}
+SUMS_FROM = len(FIELDS) - 1
+#: How many integers it is.
+ARGUMENTS = SUMS_FROM + SUMS * len(SUM)
 #: Largest N.
 STATE = 32
 #: Blocks of 128 threads that keep a multiprocessor busy: sequences are cut until there are so many.
@@ -58,11 +77,9 @@ class Layout:
 @functools.cache
 def source(kernels: str) -> str:
     """A set of kernels, below what all share and below the structure of their arguments."""
-    from tokendyn.backends.torch.ops._scan_cuda import FIELDS
-
     fields = "".join(f"    long long {name};\n" for name in FIELDS)
     names = ("_cuda_numbers.cu", *(f"_scan_cuda{name}.cu" for name in _TEXTS[kernels]))
-    texts = [Path(__file__).with_name(name).read_text() for name in names]
+    texts = [(FOLDER / name).read_text() for name in names]
     return "".join((f"struct Args {{\n{fields}}};\n", *texts))
 
 
