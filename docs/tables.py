@@ -243,12 +243,61 @@ def study_imagenette_tokens() -> str:
     return _tokens("imagenette")
 
 
+def _classified(name: str) -> str:
+    result = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`{arm}`",
+            spread(found["held_out"]["accuracy"], 2, 100),
+            interval(found["difference"]["accuracy"], 2, 100) if "difference" in found else "",
+            spread(found["held_out"]["loss"], 4),
+            ", ".join(f"{order['effective_tokens']['mean']:.1f}" for order in found["orders"].values()),
+        ]
+        for arm, found in result["arms"].items()
+    ]
+    rows.append([result["reference"]["name"], f"{100 * result['reference']['accuracy']:.2f}", "", "", ""])
+    header = ["arm", "accuracy, %", "minus `baseline`, points (95 % interval)", "loss", "tokens averaged, by block"]
+    return table(header, rows)
+
+
+def ag_news() -> str:
+    return _classified("ag_news")
+
+
+def imdb() -> str:
+    return _classified("imdb")
+
+
+def mamba_lm() -> str:
+    measured = json.loads((BENCHMARKS / "mamba_lm.json").read_text(encoding="utf-8"))
+    names = {"auto": "tokendyn's", "mamba_ssm": "mamba-ssm's"}
+    rows = []
+    for mode, of_mode in measured["modes"].items():
+        slowest = of_mode["mamba_ssm"]["step_ms"]
+        for engine, row in of_mode.items():
+            low, high = row["step_ms_quartiles"]
+            rows.append(
+                [
+                    {"eager": "eager", "graph": "one CUDA graph"}[mode],
+                    names[engine],
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['step_ms']:.1f} ({low:.1f} to {high:.1f})",
+                    f"{row['busy_ms']:.1f}" if "busy_ms" in row else "",
+                    f"{slowest / row['step_ms']:.2f}",
+                    "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}",
+                ]
+            )
+    header = ["step", "scan", "tokens/s", "ms a step (quartiles)", "GPU busy, ms", "times mamba-ssm's", "peak GiB"]
+    return table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
         *(demo_imagenet, demo_wikitext103, scan, scan_triton, spectrum, spectrum_differences, spectrum_blocks),
         *(study_cifar10, study_cifar10_mechanism, study_cifar10_tokens),
         *(study_imagenette, study_imagenette_mechanism, study_imagenette_tokens),
+        *(ag_news, imdb, mamba_lm),
     )
 }
 
