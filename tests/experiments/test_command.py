@@ -31,7 +31,7 @@ FLAG_LIST = """
 --on-device --no-on-device --mechanism --no-mechanism
 --eval-only
 --model --drop-path --label-smoothing --parity
---parallel --sync-batch-norm --no-sync-batch-norm
+--cuda-graphs --no-cuda-graphs --parallel --sync-batch-norm --no-sync-batch-norm
 --epochs --steps --batch-size --learning-rate --initial-learning-rate --final-learning-rate
 --warmup --weight-decay --beta1 --beta2
 --clip-norm --ema-decay --log-every --evaluate-every --checkpoint-every --keep-checkpoints

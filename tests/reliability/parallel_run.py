@@ -55,7 +55,8 @@ def make(folder: Path, parallel: str, stop_after: int | None = None) -> Trainer:
 
 
 def main(folder: Path) -> None:
-    """Train both ways, each interrupted after step 6 by a signal that the last process alone gets; then a study."""
+    """Train both ways, each interrupted by a signal that the last process alone gets after step 6, and tells the
+    others in step 7; then a study."""
     with joined(torch.device("cpu")):
         group = current_group()
         for parallel in ("ddp", "fsdp"):

@@ -56,7 +56,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_two_processes_do_what_one_does(tmp_path: Path, parallel: tuple[Path, str], how: str) -> None:
     folder, printed = parallel
     for rank in range(PROCESSES):
-        assert printed.count(f"process {rank}: tiny, seed 3 stopped after step 6 of 12; it is saved") == 2
+        assert printed.count(f"process {rank}: tiny, seed 3 stopped after step 7 of 12; it is saved") == 2
     make(tmp_path, how).run()
     places = tmp_path, folder / how
     one, two = (read_records(place / "metrics.jsonl") for place in places)

@@ -86,6 +86,8 @@ class ComputeConfig:
     """Of matrix products and activations (autocast); weights and optimiser stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cuda_graphs: bool = False
+    """Replay training steps from CUDA graphs, which no longer wait for the host; for GPUs, and steps that are alike."""
     channels_last: bool = False
     """Keep images with channels last in memory: faster convolutions on GPUs."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

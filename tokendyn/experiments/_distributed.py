@@ -104,12 +104,15 @@ def part_of(count: int, group: Group) -> slice:
 def spread_model(
     model: nn.Module, device: torch.device, group: Group, compute: ComputeConfig
 ) -> tuple[nn.Module, nn.Module]:
-    """The model to keep (its parameters, its states) and the module to call, compiled if that is asked."""
+    """The model to keep (its parameters, its states) and the module to call, compiled if that is asked.
+
+    With CUDA graphs the module called exchanges no gradients: the trainer does, between two recordings.
+    """
 
     def called(model: nn.Module) -> Any:
         return torch.compile(model) if compute.compile else model
 
-    if group.size == 1:
+    if group.size == 1 or compute.cuda_graphs:
         return model, called(model)
     if device.type == "cuda" and compute.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -130,11 +133,17 @@ def spread_model(
                 setattr(value, "_no_weight_decay", True)  # noqa: B010
         return model, called(model)
     # Compiled inside DDP it is the one graph that a single process compiles too.
-    return model, nn.parallel.DistributedDataParallel(called(model), [device] if device.type == "cuda" else None)
+    spread = nn.parallel.DistributedDataParallel(
+        called(model),
+        [device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+    spread.broadcast_buffers = False  # in every step: statistics are averaged when they are used, by average_buffers
+    return model, spread
 
 
 def average_buffers(model: nn.Module, group: Group) -> None:
-    """Give all processes the same statistics, the mean of theirs: each has added its own part of the last batch."""
+    """Give all processes the same statistics, the mean of theirs: each has those of its own parts of the batches."""
     for buffer in model.buffers():
         if group.size > 1 and buffer.is_floating_point():
             group.sum(buffer).div_(group.size)

@@ -24,24 +24,38 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig, *, recordable: bool = False) -> torch.optim.AdamW:
     """AdamW on the parameters that are trained.
 
     Weight decay acts on matrices only: vectors, scalars and parameters that carry ``_no_weight_decay``
-    (the decay rates and skip of a selective scan do) have none.
+    (the decay rates and skip of a selective scan do) have none. ``recordable``: for CUDA graphs, so that the learning
+    rate is a tensor beside the parameters; :func:`set_rate` sets either kind.
     """
     decayed, exempt = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim > 1 and not getattr(parameter, "_no_weight_decay", False)
             (decayed if matrix else exempt).append(parameter)
+    rate: Any = config.learning_rate
+    if recordable:
+        rate = torch.tensor(rate, device=next(model.parameters()).device)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=rate,
         betas=(config.beta1, config.beta2),
         fused=True,
+        capturable=recordable,
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -58,6 +58,20 @@ class Scheduled(Protocol):
 
 
 @runtime_checkable
+class Alike(Protocol):
+    """A task whose steps can be made alike, so that a GPU can replay one that was recorded (``--cuda-graphs``)."""
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ``loss`` is given, of a batch on the device: all that draws or decides on the host is done here, and the
+        shapes are the same in every step."""
+        ...
+
+    def steps_differ(self) -> str | None:
+        """Why ``loss`` is nevertheless another one from step to step, in words; None if it is not."""
+        ...
+
+
+@runtime_checkable
 class Keeping(Protocol):
     """A task that leaves tensors for the report, so that it needs no checkpoints."""
 

@@ -40,12 +40,19 @@ from tokendyn.experiments._distributed import (
 )
 from tokendyn.experiments._faults import faulty_parameters, first_faulty_output
 from tokendyn.experiments._files import remove_unfinished, write_json, write_with
+from tokendyn.experiments._graphs import Recorded, average_gradients, expect_recordable
 from tokendyn.experiments._loggers import Loggers
-from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from tokendyn.experiments._optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_rate,
+)
 from tokendyn.experiments._progress import Listener
 from tokendyn.experiments._records import NoRecords, Records
 from tokendyn.experiments._signals import StopRequest, leave_signals_to_parent
-from tokendyn.experiments._task import KEEPSAKES, Batch, Divisible, Keeping, Scheduled, Task
+from tokendyn.experiments._task import KEEPSAKES, Alike, Batch, Divisible, Keeping, Scheduled, Task
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -138,19 +145,25 @@ class Trainer:
             raise OptionError(f"{type(task).__name__} trains in one process; start it without torchrun")
         if compute.parallel == "fsdp" and train.ema_decay:
             raise OptionError("--ema-decay cannot be had with --parallel fsdp; choose ddp, or 0")
+        if compute.cuda_graphs:
+            expect_recordable(task, self.device, self.group, compute)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.step = 0
         self.skipped: dict[str, str] = {}
         self._sums: dict[str, float] = {}
         self._summed = 0
+        self._stops = [0] * self.group.size
 
         model = _build(task, seed, initialise_like).to(self.device)
         if compute.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self._forward = spread_model(model, self.device, self.group, compute)
         _random.seed_everything(seed + self.group.rank)  # each part of a batch with dropout of its own
-        self.optimizer = make_optimizer(self.model, train)
+        self.optimizer = make_optimizer(self.model, train, recordable=compute.cuda_graphs)
+        self._differentiate, self._apply = self._make_gradients, self._apply_gradients
+        if compute.cuda_graphs:
+            self._differentiate, self._apply = Recorded(self._make_new_gradients), Recorded(self._apply_gradients)
         self.average: AveragedModel | None = None
         if train.ema_decay:
             average = get_ema_multi_avg_fn(train.ema_decay)
@@ -235,11 +248,7 @@ class Trainer:
 
     def _stop_asked(self) -> int | None:
         """The signal that any of the processes got: they stop together."""
-        received = self.signals.received
-        if self.group.size == 1:
-            return received
-        highest = max(number or 0 for number in self.group.gathered(received))
-        return highest or None
+        return self.signals.received if self.group.size == 1 else max(self._stops) or None
 
     def _batches(self) -> Iterator[Batch | TokendynError]:
         loader = DataLoader(
@@ -254,32 +263,63 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         self._note_skipped(batch.skipped)
-        config = self.train_config
-        rate = learning_rate(self.step, self.total, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, learning_rate(self.step, self.total, self.train_config))
         self._set_progress(self.model)
         self.model.train()
         tensors = {key: value.to(self.device, non_blocking=True) for key, value in batch.tensors.items()}
-        with self._autocast(), self._named():
-            loss, logged = self.task.loss(self._forward, tensors)
-        loss.backward()
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        # One transfer a step: everything that must be known before the update, or is logged.
-        measured = {"loss": loss, "gradient_norm": whole(norm), **logged}
-        vector = torch.stack([value.detach().to(self.device, torch.float64) for value in measured.values()])
-        values = dict(zip(measured, (self.group.sum(vector) / self.group.size).tolist(), strict=True))
-        self._expect_finite(values, tensors)
-        if config.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        prepared = self._prepare(tensors)
+        loss, logged = self._differentiate(prepared)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if self.compute.cuda_graphs:
+            average_gradients(gradients, self.group)
+        norm = nn.utils.get_total_norm(gradients)
+        values = self._gather({"loss": loss, "gradient_norm": whole(norm), **logged})
+        self._expect_finite(values, tensors, prepared)
+        self._apply({"norm": norm})
+        if not self.compute.cuda_graphs:  # whose gradients keep their memory
+            self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._summed += 1
+
+    def _prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(self.task, Alike):
+            return tensors
+        with self._autocast(), self._named():
+            return self.task.prepare(tensors)
+
+    def _make_gradients(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, what else is logged, and every parameter's gradient, added to what it has."""
+        with self._autocast(), self._named():
+            loss, logged = self.task.loss(self._forward, tensors)
+        loss.backward()
+        return loss.detach(), {key: value.detach() for key, value in logged.items()}
+
+    def _make_new_gradients(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same where the gradients of the last step are still there: in memory of their own, to be written anew."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._make_gradients(tensors)
+
+    def _apply_gradients(self, tensors: dict[str, Tensor]) -> None:
+        if self.train_config.clip_norm:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            nn.utils.clip_grads_with_norm_(parameters, self.train_config.clip_norm, tensors["norm"])
+        self.optimizer.step()
+
+    def _gather(self, measured: dict[str, Tensor]) -> dict[str, float]:
+        """Means over all processes, by one transfer a step: all that must be known before the update, or is logged. The
+        signals that the processes have got come with it."""
+        vector = torch.stack([value.detach().to(self.device, torch.float64) for value in measured.values()])
+        size = self.group.size
+        if size == 1:
+            return dict(zip(measured, vector.tolist(), strict=True))
+        signals = vector.new_zeros(size)
+        signals[self.group.rank] = self.signals.received or 0
+        found = self.group.sum(torch.cat([vector / size, signals])).tolist()
+        self._stops = [int(number) for number in found[-size:]]
+        return dict(zip(measured, found, strict=False))
 
     def _set_progress(self, model: nn.Module) -> None:
         if isinstance(self.task, Scheduled):
@@ -312,7 +352,7 @@ class Trainer:
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name}, after {self.step} of {self.total} steps: {error}") from error
 
-    def _expect_finite(self, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
+    def _expect_finite(self, values: dict[str, float], tensors: dict[str, Tensor], prepared: dict[str, Tensor]) -> None:
         """Stop before the update if the loss or the gradient is not finite; say where it began, keep the batch."""
         if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
             return
@@ -322,7 +362,7 @@ class Trainer:
                 where = f"the parameter {broken[-1]}"
             else:
                 with self._autocast():
-                    where = first_faulty_output(self.model, lambda: self.task.loss(self.model, tensors))
+                    where = first_faulty_output(self.model, lambda: self.task.loss(self.model, prepared))
             found = f"first found in {where}" if where else "in a second pass no layer's output is, so the loss itself"
         else:
             what = f"the norm of the gradient is {values['gradient_norm']}"

@@ -132,7 +132,8 @@ class ImageTask:
             labels.append(train.labels[taken])
         return Batch({"pixels": torch.from_numpy(pixels), "labels": torch.tensor(labels)}, skipped)
 
-    def loss(self, model: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``inputs``, ``labels`` and ``targets``: the images as the model wants them, cut out and mixed."""
         labels = tensors["labels"]
         if "pixels" in tensors:
             pixels = tensors["pixels"]
@@ -140,7 +141,7 @@ class ImageTask:
             pixels = crop(
                 self._pixels_on(labels.device)[tensors["indices"]], tensors["crops"], self._augmentation.padding
             )
-        data, smoothing = self.config.data, self.config.model.label_smoothing
+        data = self.config.data
         inputs, targets = to_input(pixels), labels
         if data.mixup or data.cutmix:  # the targets that come back are smooth already
             inputs, targets = mix(
@@ -148,11 +149,19 @@ class ImageTask:
                 labels,
                 mixup=data.mixup,
                 cutmix=data.cutmix,
-                smoothing=smoothing,
+                smoothing=self.config.model.label_smoothing,
                 classes=len(self.images.classes),
             )
-            smoothing = 0.0
-        logits = model(inputs).float()
+        return {"inputs": inputs, "targets": targets, "labels": labels}
+
+    def steps_differ(self) -> str | None:
+        """An arm's temperature may move with the steps."""
+        return None if self.arm.final_tau is None else "the temperature of this arm moves"
+
+    def loss(self, model: Callable[..., Any], tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        labels, targets = tensors["labels"], tensors["targets"]
+        logits = model(tensors["inputs"]).float()
+        smoothing = 0.0 if targets.is_floating_point() else self.config.model.label_smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return loss, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()}
 
