@@ -123,10 +123,11 @@ def run_step(dtype: torch.dtype) -> None:
     _step_triton.launch(floats(b, d, n), x, x, floats(d, n), B, B, floats(d), x, floats(d), True)
 
 
-def run_convolution(dtype: torch.dtype) -> None:
-    b, length, d = 8, 2048, 1536
-    x, bias = floats(b, length, 2 * d, dtype=dtype)[..., :d].requires_grad_(), floats(d)
-    y = _convolution_triton.convolve_silu(x, floats(d, 4), bias)
+def run_convolution(dtype: torch.dtype, *, centred: bool) -> None:
+    """As in MambaVision, or causal as in Mamba."""
+    b, length, d, taps = (128, 196, 160, 3) if centred else (8, 2048, 1536, 4)
+    x, bias = floats(b, length, 2 * d, dtype=dtype)[..., :d].requires_grad_(), None if centred else floats(d)
+    y = _convolution_triton.convolve_silu(x, floats(d, taps), bias, 1 if centred else 0)
     y.backward(floats(b, length, d, dtype=dtype))
 
 
@@ -153,7 +154,7 @@ def calls(capability: int) -> dict[str, Callable[[], None]]:
         "scan bfloat16, scalar A": functools.partial(run_scan, bf16, scalar=True, **options),
         "softsort bfloat16": functools.partial(run_order, bf16, power=1),
         "step bfloat16": functools.partial(run_step, bf16),
-        "convolution bfloat16": functools.partial(run_convolution, bf16),
+        "convolution bfloat16": functools.partial(run_convolution, bf16, centred=capability != 80),
     }
     if capability == 80:
         made["scan bfloat16, general A"] = functools.partial(run_scan, bf16, scalar=False, **options)

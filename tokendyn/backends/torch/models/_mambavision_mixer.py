@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
@@ -13,6 +12,7 @@ from tokendyn._layers import OrderConfig
 from tokendyn._mambavision import PARITIES
 from tokendyn.backends.torch.layers import S6
 from tokendyn.backends.torch.layers._ordering import expect_tokens
+from tokendyn.backends.torch.ops._convolution import convolve_silu
 from tokendyn.errors import OptionError
 
 
@@ -94,9 +94,10 @@ class MambaVisionMixer(S6):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """``hidden_states`` (b, L, d_model) → (b, L, d_model)."""
         expect_tokens("MambaVisionMixer", hidden_states, self.d_model, self.dt_proj.weight)
-        x, z = self.in_proj(hidden_states).mT.chunk(2, dim=1)
-        x = F.silu(self.conv1d_x(x)).mT
-        z = F.silu(self.conv1d_z(z)).mT
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        centred = self.conv1d_x.kernel_size[0] // 2
+        x = convolve_silu(x, self.conv1d_x.weight, self.conv1d_x.bias, centred)
+        z = convolve_silu(z, self.conv1d_z.weight, self.conv1d_z.bias, centred)
         order = self.token_order(x)
         if order is None or self.order is None:
             y = self.scan(x)
