@@ -78,7 +78,8 @@ void run_block(F kernel) {
 
 static void __syncthreads() { fibres::block.wait(fibres::count); }
 static void __threadfence() {}
-static float2 __ldcg(const float2* p) { return *p; }
+template <typename T>
+static T __ldcg(const T* p) { return *p; }
 static void wait_warp() { fibres::warps[threadIdx.x / 32].wait(32); }
 static float __shfl_xor_sync(unsigned, float value, int mask) {
     fibres::exchanged[0][threadIdx.x] = value;
@@ -128,7 +129,10 @@ static void forget(unsigned&) {}
 static unsigned load_one(const void* p) { return *(const unsigned*)p; }
 static uint2 load_two(const void* p) { return *(const uint2*)p; }
 static uint4 load_four(const void* p) { return *(const uint4*)p; }
-static unsigned read_flag(const unsigned* p) { return *p; }
+static void await_flag(const unsigned* p, unsigned value) { if (*p != value) abort(); }
+static void copies_done() {}
+template <int WORDS>
+static void copy(unsigned* to, const void* from) { memcpy(to, from, 4 * WORDS); }
 static void write_flag(unsigned* p, unsigned value) { *p = value; }
 
 #if ELEMENT == 2

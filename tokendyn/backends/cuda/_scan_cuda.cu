@@ -365,6 +365,7 @@ __device__ __forceinline__ void forward(const Args& p) {
     extern __shared__ float4 memory[];
     ForwardShared& s = *(ForwardShared*)memory;
     Block block(p, blockIdx.x);
+    if (!OUTPUTS && block.segment == p.segments - 1) return;  // nothing follows it
     Lane lane(block);
     load_rows(s.rows, p, block);
     float A[4], h[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total = 0.0f;
@@ -451,6 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_coends(const __
     extern __shared__ float4 memory[];
     ForwardShared& s = *(ForwardShared*)memory;
     Block block(p, blockIdx.x);
+    if (block.segment == 0) return;
     Lane lane(block);
     load_rows(s.rows, p, block);
     float A[4], e[4] = {0.0f, 0.0f, 0.0f, 0.0f}, total = 0.0f;
@@ -539,15 +541,21 @@ __device__ __forceinline__ void add_warps(float* to, const float* sums) {
 }
 // Adds a chunk's sums to `part`, or puts them there.
 __device__ __forceinline__ void add_to_part(const float4* starts, const Args& p, float* part, bool put, int begin) {
+    constexpr int own = (CHUNK / TILE * TILE_SUMS + THREADS - 1) / THREADS;
+    float* to[own];
+    float before[own], sums[own];
 #pragma unroll
-    for (int i = 0; i < CHUNK / TILE * TILE_SUMS; i += THREADS) {
-        int index = (i + threadIdx.x) % TILE_SUMS, tile = (i + threadIdx.x) / TILE_SUMS;
+    for (int i = 0; i < own; i++) {
+        int index = (i * THREADS + threadIdx.x) % TILE_SUMS, tile = (i * THREADS + threadIdx.x) / TILE_SUMS;
         int t = begin + tile * TILE + index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
-        if (n >= p.state || t >= p.length) continue;
-        float* to = part + (which * p.state + n) * p.length + t;
-        float sum = ((const float*)(starts + tile * THREADS))[index];
-        *to = put ? sum : *(volatile float*)to + sum;
+        bool exists = tile < CHUNK / TILE && n < p.state && t < p.length;
+        to[i] = exists ? part + (which * p.state + n) * p.length + t : nullptr;
+        before[i] = exists && !put ? __ldcg(to[i]) : 0.0f;  // all on their way before the first is needed
+        sums[i] = exists ? ((const float*)(starts + tile * THREADS))[index] : 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < own; i++)
+        if (to[i]) *to[i] = before[i] + sums[i];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_constant__ Args p) {
@@ -747,8 +755,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
 #endif
         }
         if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
-            if (threadIdx.x == 0)
-                while (read_flag(flags + chunk) != (unsigned)chained) {}
+            if (threadIdx.x == 0) await_flag(flags + chunk, chained);
             __syncthreads();
         }
         add_to_part(s.starts, p, part, chained == 0, begin);

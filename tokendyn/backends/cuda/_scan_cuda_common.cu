@@ -47,11 +47,20 @@ __device__ __forceinline__ uint4 load_four(const void* p) {
     asm("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-__device__ __forceinline__ unsigned read_flag(const unsigned* p) {
+// Waits until a flag has a value; what its writer wrote before can be read then. Only the last look at it is an acquisition, because
+// each of these empties the L1 cache.
+__device__ __forceinline__ void await_flag(const unsigned* p, unsigned value) {
     unsigned v;
+    do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    while (v != value);
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
 }
+// Copies words to shared memory, past registers; whole lines to the L2 cache. `copies_done` waits for a thread's own.
+template <int WORDS>
+__device__ __forceinline__ void copy(unsigned* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(4 * WORDS) : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void write_flag(unsigned* p, unsigned v) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -77,6 +86,9 @@ __device__ __forceinline__ float softplus(float v) {
 __device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.0f + ex2(-v * LOG2E)); }
 __device__ __forceinline__ float step_size(const Args& p, float raw) { return p.softplus ? softplus(raw) : raw; }
 
+// A value that all lanes of a warp have, as one that the compiler knows to be the same in all.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // Whether a packed sequence begins at token t, so that the state is reset.
 __device__ __forceinline__ bool begins(const Args& p, int batch, int t, int stop) {
     const i64* row = (const i64*)p.seq_idx + batch * p.length;
@@ -92,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid
     float h = given && n < p.state ? ((const float*)given)[(batch * p.channels + at / STATE) * p.state + n] : 0.0f;
     float* slots = (float*)p.slots + batch * (p.segments + 1) * size + at;
     slots[p.backwards ? p.segments * size : 0] = h;
-    for (i64 k = 0; k < p.segments; k++) {
+    for (i64 k = 0; k + 1 < p.segments; k++) {
         i64 segment = p.backwards ? p.segments - 1 - k : k, part = (batch * p.segments + segment) * size + at;
         h = fmaf(((const float*)p.decays)[part], h, ((const float*)p.ends)[part]);
         slots[(p.backwards ? segment : segment + 1) * size] = h;
@@ -114,8 +126,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_con
     if (index >= sum->outer * sum->inner) return;
     const float* from = (const float*)sum->in + index / sum->inner * sum->parts * sum->next + index % sum->inner;
     float total = 0.0f;
-#pragma unroll 8
-    for (i64 part = 0; part < sum->parts; part++) total += from[part * sum->next];
+    for (i64 first = 0; first < sum->parts; first += 16) {  // loads of 16 are under way together
+        float some[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) some[i] = first + i < sum->parts ? from[(first + i) * sum->next] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; i++) total += some[i];
+    }
     if (sum->columns) {
         i64 row = index % sum->inner % sum->columns, column = index % sum->inner / sum->columns;
         if (row >= p.state) return;

@@ -67,6 +67,20 @@ class Layout:
             chosen["QUADS"] = self.padded // 4
         return tuple(f"-D{name}={value}" for name, value in chosen.items())
 
+    @property
+    def chain(self) -> int:
+        """Blocks along the channels that add to one copy of dB and dC, one after the other."""
+        return -(-self.tiles // PARTS)
+
+    @property
+    def parts(self) -> int:
+        """Copies of dB and dC."""
+        return -(-self.tiles // self.chain)
+
+    def counters(self, sequences: int) -> int:
+        """Integers, 0 at first, by which blocks of a chain know whose turn it is."""
+        return 1 + sequences * self.parts * self.chunks * (self.threads // 32 if self.kernels == "scalar" else 1)
+
     def shared_bytes(self, gated: bool) -> tuple[int, int]:
         """Shared memory of a block of the forward and of the backward kernels."""
         if self.kernels == "general":
@@ -97,8 +111,8 @@ def _general_bytes(quads: int, gated: bool) -> tuple[int, int]:
 
 def _scalar_bytes(warps: int, state: int) -> tuple[int, int]:
     entries, square, rows = 16 * state, 256, 4 * 16 * _MOST_TILES
-    forward = warps * (entries + max(20 * state, square) + square + 16) + 2 * _MOST_TILES * entries + rows
-    per_warp = 2 * entries + 768 + 2 * square + 4 * 16 * state + 2 * 16 + _MOST_TILES * 3 * 16
+    forward = warps * (entries + max(20 * state, square) + 320 + 16) + 2 * _MOST_TILES * entries + rows
+    per_warp = 2 * entries + 768 + 320 + 32 * (state + 4) + 768 + 3 * 16 + _MOST_TILES * 3 * 16
     backward = warps * per_warp + _MOST_TILES * entries + rows + 1
     return 4 * forward, -(-4 * backward // 16) * 16
 

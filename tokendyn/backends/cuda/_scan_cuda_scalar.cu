@@ -102,7 +102,7 @@ __device__ __forceinline__ float sum_of(const Tokens& x) {
 struct Walk {
     Tokens from_start, to_end;  // weights from the state before the chunk and to the state after it; 0 where cut off
     float whole[2];             // decay across the chunk
-    // M: as an operand (s x t) in shared memory. In `scratch`, afterwards: y, dx and F (see `gradients`), sums over pairs
+    // M: s x t in shared memory, MATRIX_PITCH floats a row. In `scratch`, afterwards: y, dx and F (see `gradients`), sums over pairs
     // s < t of the chunk (forward: y alone, s <= t). G gets the sums over channels of dy_t x_s times the weight.
     template <bool GRADIENTS>
     __device__ __forceinline__ void run(const Tokens& s, const Tokens& x, const Tokens& dy, const float* M, unsigned resets, float* scratch, Tokens& G) {
@@ -120,8 +120,9 @@ struct Walk {
         for (int t = 0; t < CHUNK; t++) {
             unsigned begun = resets & ((2u << t) - 1);
             int begin = begun ? 31 - __clz(begun) : 0;  // of t's sequence
-            const float* from = M + ((t / 4 * 2 + t % 2) * 4 + q) * 4 + t % 4 / 2 * 2;
-            float m[4] = {from[0], from[1], from[128], from[129]}, sum_G = 0.0f;
+            float m[4], sum_G = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; i++) m[i] = M[(4 * q + i) * MATRIX_PITCH + t];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float d = decays[(g + 8 * h) * CHUNK + t], dout = GRADIENTS ? douts[(g + 8 * h) * CHUNK + t] : 0.0f;
@@ -174,7 +175,7 @@ __device__ __forceinline__ float2 of_rows(const float* array, int tile) {
 #define FORWARD_SCRATCH (STATE * MATRIX_PITCH > SQUARE ? STATE * MATRIX_PITCH : SQUARE)
 struct ForwardShared {
     struct {
-        float states[ENTRIES], scratch[FORWARD_SCRATCH], M[SQUARE];
+        float states[ENTRIES], scratch[FORWARD_SCRATCH], M[CHUNK * MATRIX_PITCH];
     } of[WARPS];  // each warp's own; states are joined by all threads
     float carry[MOST_TILES][ENTRIES], across[MOST_TILES][ENTRIES];
     float decays[ROWS][WARPS];
@@ -182,21 +183,24 @@ struct ForwardShared {
 };
 static_assert(sizeof(ForwardShared) == FORWARD_BYTES, "the launch must know how much shared memory to ask for");
 
-// Joins the states of a tile's chunks, PITCH floats apart: every slot gets the state before its chunk (backwards: after it). The decay
-// across a chunk is negative where a packed sequence begins in it.
-template <bool BACKWARDS, int PITCH>
-__device__ __forceinline__ float join_chunks(float* states, const float (&decays)[ROWS][WARPS], int entry, float h, float* across) {
-    float over[WARPS];
+// Joins the states of a tile's chunks, PITCH floats apart: every slot gets the state before its chunk (backwards: after it),
+// with OPERANDS as a number that products see, backwards times the chunk's scale. The decay across a chunk is negative where
+// a packed sequence begins in it.
+template <bool BACKWARDS, bool OPERANDS, int PITCH>
+__device__ __forceinline__ float join_chunks(float* states, const float (&decays)[ROWS][WARPS], const float (&scales)[ROWS][WARPS], int entry, float h, float* across) {
+    float over[WARPS], scale[WARPS];
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp += 4) {
         float4 four = *(const float4*)&decays[entry / STATE][warp];
         over[warp] = four.x, over[warp + 1] = four.y, over[warp + 2] = four.z, over[warp + 3] = four.w;
+        four = *(const float4*)&scales[entry / STATE][warp];
+        scale[warp] = four.x, scale[warp + 1] = four.y, scale[warp + 2] = four.z, scale[warp + 3] = four.w;
     }
 #pragma unroll
     for (int i = 0; i < WARPS; i++) {
         int warp = BACKWARDS ? WARPS - 1 - i : i;
         float local = states[warp * PITCH + entry], decay = over[warp];
-        states[warp * PITCH + entry] = h;
+        states[warp * PITCH + entry] = !OPERANDS ? h : exact_operand(BACKWARDS ? h * scale[warp] : h);
 #if PACKED
         h = decay < 0.0f ? local : fmaf(decay, h, local);
         if (across) *across = decay < 0.0f ? 0.0f : *across * decay;
@@ -255,7 +259,8 @@ __device__ __forceinline__ void forward(const Args& p) {
     extern __shared__ float4 memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
     Block block(p, blockIdx.x);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    if (!OUTPUTS && block.segment == p.segments - 1) return;  // nothing follows it
+    int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
@@ -263,9 +268,9 @@ __device__ __forceinline__ void forward(const Args& p) {
         begin_states(shared.carry, p, block, p.first_state, block.segment);
     else
         begin_segment(shared.carry, shared.across, block);
-    View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_y = VIEW(y);
+    View view_u = VIEW(u, block.first), view_delta = VIEW(delta, block.first), view_z = VIEW(z, block.first), view_y = VIEW(y, block.first);
     int start = block.first + warp * CHUNK;
-    Eight next_u = view_u.load(block, 0, block.first), next_delta = view_delta.load(block, 0, block.first);
+    Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start);
     Matrix B = MATRIX(B), C = MATRIX(C);
     B.load(p, block.first);
     if (OUTPUTS) C.load(p, block.first);
@@ -292,13 +297,14 @@ __device__ __forceinline__ void forward(const Args& p) {
             Tokens u, z;
             u.each([&](float& v, int h, int i) { v = next_u.get(h, i); });
             Steps steps(p, block, shared.rows, next_delta, u, tile, start);
-            bool more = tile + 1 < block.tiles;
-            if (more || span + SPAN < block.last) {  // the next tile's loads are under way while this one is worked on
-                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span + SPAN;
-                next_u = view_u.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
+            bool done = tile + 1 == block.tiles;
+            view_u.advance(block, done, SPAN), view_delta.advance(block, done, SPAN);
+            if (!done || span + SPAN < block.last) {  // the next tile's loads are under way while this one is worked on
+                int next_tile = done ? 0 : tile + 1, next_start = done ? start + SPAN : start;
+                next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
             }
             Eight own_z;
-            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, span);
+            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, start), view_z.advance(block, done, SPAN);
             Tokens x, factor;
             x.each([&](float& v, int h, int i) { v = steps.x.v[h][i] * ex2(steps.q.v[h][i]); });
             bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(x)));
@@ -309,7 +315,8 @@ __device__ __forceinline__ void forward(const Args& p) {
                 for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
             } else {
                 Walk walk;
-                M.write(own.M);
+#pragma unroll
+                for (int i = 0; i < 8; i++) own.M[(4 * q + i % 4) * MATRIX_PITCH + column<2>(g, i / 4)] = M.v[i % 4 / 2][i / 4][i % 2];
                 walk.run<false>(steps.s, steps.x, steps.x, own.M, resets, scratch, factor);
                 factor = walk.from_start;
                 x.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? operand(steps.x.v[h][i] * walk.to_end.v[h][i]) : 0.0f; });
@@ -329,7 +336,7 @@ __device__ __forceinline__ void forward(const Args& p) {
                 if (!entry.exists) break;
                 float& carry = shared.carry[tile][entry.number];
                 if (OUTPUTS && p.keep && entry.within(block, tile)) kept[entry.offset(tile)] = carry;
-                carry = join_chunks<false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, carry, OUTPUTS ? nullptr : &shared.across[tile][entry.number]);
+                carry = join_chunks<false, false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, shared.decays, entry.number, carry, OUTPUTS ? nullptr : &shared.across[tile][entry.number]);
             }
             __syncthreads();
             if (!OUTPUTS) continue;
@@ -354,7 +361,7 @@ __device__ __forceinline__ void forward(const Args& p) {
                 out.each([&](float& v, int h, int i) {
                     if (4 * q + i >= block.stop - start) v = 0.0f;
                 });
-            view_y.store(out, block, tile, span);
+            view_y.store(out, block, tile, start), view_y.advance(block, done, SPAN);
         }
     }
     if (!OUTPUTS)

@@ -20,14 +20,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     extern __shared__ float4 memory[];
     ForwardShared& shared = *(ForwardShared*)memory;
     Block block(p, blockIdx.x);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    if (block.segment == 0) return;
+    int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
     begin_segment(shared.carry, shared.across, block);
-    View view_dy = VIEW(dy), view_delta = VIEW(delta), view_z = VIEW(z);
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
-    Eight next_dy = view_dy.load(block, 0, span), next_delta = view_delta.load(block, 0, span), own_z;
+    View view_dy = VIEW(dy, span), view_delta = VIEW(delta, span), view_z = VIEW(z, span);
+    Eight next_dy = view_dy.load(block, 0, start), next_delta = view_delta.load(block, 0, start), own_z;
     Matrix C = MATRIX(C);
     C.load(p, span);
     __syncthreads();
@@ -39,15 +40,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
         if (span > block.first) C.load(p, span - SPAN);
         for (int tile = 0; tile < block.tiles; tile++) {
             Tokens dout;
+            bool done = tile + 1 == block.tiles;
 #if GATED
-            own_z = view_z.load(block, tile, span);
+            own_z = view_z.load(block, tile, start), view_z.advance(block, done, -SPAN);
 #endif
             load_gradient(dout, block, next_dy, own_z, start);
             Steps steps(p, block, shared.rows, next_delta, dout, tile, start);
-            bool more = tile + 1 < block.tiles;
-            if (more || span > block.first) {
-                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span - SPAN;
-                next_dy = view_dy.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
+            view_dy.advance(block, done, -SPAN), view_delta.advance(block, done, -SPAN);
+            if (!done || span > block.first) {
+                int next_tile = done ? 0 : tile + 1, next_start = done ? start - SPAN : start;
+                next_dy = view_dy.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
             }
             dout.each([&](float& v, int h, int i) {
                 v = together(resets, -1, 4 * q + i) ? operand(v * ex2(-steps.q.v[h][i])) : 0.0f;
@@ -65,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
                 Entry entry(k);
                 if (!entry.exists) break;
                 float& carry = shared.carry[tile][entry.number];
-                carry = join_chunks<true, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, carry, &shared.across[tile][entry.number]);
+                carry = join_chunks<true, false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, shared.decays, entry.number, carry, &shared.across[tile][entry.number]);
             }
             __syncthreads();
         }
@@ -74,17 +76,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
 }
 
 #define BACKWARD_SCRATCH 768  // floats a warp: a walk's, B or C (n x tokens), or a tile that is turned
-static_assert(BACKWARD_SCRATCH >= 3 * SQUARE && BACKWARD_SCRATCH >= STATE * MATRIX_PITCH && BACKWARD_SCRATCH >= TURNED, "");
-#define OPERAND (CHUNK * STATE)
+static_assert(BACKWARD_SCRATCH >= 3 * SQUARE && BACKWARD_SCRATCH >= TURNED, "");
+#define BUFFERS (ELEMENT == 0 ? 1 : 2)  // 2: a tile's inputs are on their way while the one before is worked on; in float32 there is no space
 struct BackwardShared {
     struct {
         float states[ENTRIES], costates[ENTRIES], scratch[BACKWARD_SCRATCH];
-        float M[2][SQUARE];                    // s x t and t x s
-        float B[2][OPERAND], C[2][OPERAND];    // by token and by n
+        float M[CHUNK * MATRIX_PITCH];         // C_t . B_s, s < t, rows s
+        float B[CHUNK * STATE_PITCH], C[CHUNK * STATE_PITCH];
         float diagonal[CHUNK];
+        unsigned inputs[BUFFERS][3][32 * WORDS];  // u, delta and dy of a tile
     } of[WARPS];  // each warp's own; states and costates are joined by all threads
     float carry[MOST_TILES][ENTRIES];
-    float decays[ROWS][WARPS];
+    float decays[ROWS][WARPS], scales[ROWS][WARPS];
     float sums[MOST_TILES][3][WARPS][ROWS];
     Rows rows;
     int index;
@@ -131,10 +134,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     if (p.chain > 1) {  // blocks number themselves as they begin, so that one which waits for another knows that it runs
         if (threadIdx.x == 0) shared.index = (int)atomicAdd((unsigned*)p.counters, 1u);
         __syncthreads();
-        index = shared.index;
+        index = uniform(shared.index);
     }
     Block block(p, index);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
@@ -143,56 +146,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     int chained = block.tile % (int)p.chain;
     i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
     float* part = (float*)p.parts_out + part_index * 2 * STATE * p.length;
-    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks;
-    View view_u = VIEW(u), view_delta = VIEW(delta), view_z = VIEW(z), view_dy = VIEW(dy);
-    View view_du = VIEW(du), view_ddelta = VIEW(ddelta), view_dz = VIEW(dz);
+    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks * WARPS + warp;
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
-    Eight next_u = view_u.load(block, 0, span), next_delta = view_delta.load(block, 0, span), next_dy = view_dy.load(block, 0, span);
+    View view_u = VIEW(u, span), view_delta = VIEW(delta, span), view_z = VIEW(z, span), view_dy = VIEW(dy, span);
+    View view_du = VIEW(du, span), view_ddelta = VIEW(ddelta, span), view_dz = VIEW(dz, span);
+    int buffer = 0;
+    auto fetch = [&](int tile, int start) {
+        view_u.fetch(own.inputs[buffer][0], block, tile, start), view_delta.fetch(own.inputs[buffer][1], block, tile, start);
+        view_dy.fetch(own.inputs[buffer][2], block, tile, start);
+    };
+    auto fetch_next = [&](int tile) {
+        bool done = tile + 1 == block.tiles;
+        view_u.advance(block, done, -SPAN), view_delta.advance(block, done, -SPAN), view_dy.advance(block, done, -SPAN);
+        buffer ^= BUFFERS - 1;
+        if (!done || span > block.first) fetch(done ? 0 : tile + 1, done ? start - SPAN : start);
+    };
+    fetch(0, start);
     Matrix B = MATRIX(B), C = MATRIX(C);
     B.load(p, span), C.load(p, span);
     __syncthreads();
     for (; span >= block.first; span -= SPAN, start -= SPAN) {
         {
-            Right<2, NT> by_token;
-            Right<NT, 2> B_by_n, C_by_n;
-            B.turn(by_token, B_by_n, scratch, block.stop - start);
-            by_token.write(own.B[0]), B_by_n.write(own.B[1]);
-            C.turn(by_token, C_by_n, scratch, block.stop - start);
-            by_token.write(own.C[0]), C_by_n.write(own.C[1]);
-            Tokens products;
-            Right<2, 2> M;
-            products.clear();
-            multiply<true>(products, C_by_n, B_by_n);
-            products.each([&](float& v, int h, int i) {
-                int t = column<2>(g, h), s = 4 * q + i;
-                if (s == t) own.diagonal[t] = v;
-                M.v[i / 2][h][i % 2] = s < t ? operand(v) : 0.0f;
-            });
-            M.write(own.M[0]);
+            B.deal(own.B, block.stop - start), C.deal(own.C, block.stop - start);
+            __syncwarp();
+            Right<NT, 2> B_by_n = by_column<NT>(own.B, STATE_PITCH), C_by_n = by_column<NT>(own.C, STATE_PITCH);
+            Tokens products;  // s x t
             products.clear();
             multiply<true>(products, B_by_n, C_by_n);
-            products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = column<2>(g, h) < 4 * q + i ? operand(v) : 0.0f; });
-            M.write(own.M[1]);
+            products.each([&](float& v, int h, int i) {
+                int s = column<2>(g, h), t = 4 * q + i;
+                if (s == t) own.diagonal[t] = v;
+                v = s < t ? operand(v) : 0.0f;
+            });
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                *(float4*)(own.M + column<2>(g, h) * MATRIX_PITCH + 4 * q) = make_float4(products.v[h][0], products.v[h][1], products.v[h][2], products.v[h][3]);
         }
         unsigned resets = find_resets(p, block, start);
         const float* kept_states = block.slot(p, p.states, p.chunks, span / SPAN);
-        if (span > block.first) {
-            B.load(p, span - SPAN), C.load(p, span - SPAN);
-        }
         __syncwarp();
         Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
         State dB, dC;
         G.clear(), dB.clear(), dC.clear();
         for (int tile = 0; tile < block.tiles; tile++) {
+            bool done = tile + 1 == block.tiles;
             float kept[OWN_ENTRIES];
 #pragma unroll
             for (int k = 0; k < OWN_ENTRIES; k++) {
                 Entry entry(k);
                 kept[k] = entry.within(block, tile) ? kept_states[entry.offset(tile)] : 0.0f;
             }
-            Eight own_u = next_u, own_delta = next_delta, own_dy = next_dy, own_z;
+            Eight own_u, own_delta, own_dy, own_z;
+            const auto& inputs = own.inputs[buffer];
+            copies_done();
+            own_u.read(inputs[0]), own_delta.read(inputs[1]), own_dy.read(inputs[2]);
+            if (BUFFERS == 2) fetch_next(tile);
 #if GATED
-            own_z = view_z.load(block, tile, span);
+            own_z = view_z.load(block, tile, start), view_z.advance(block, done, -SPAN);
 #endif
             Tokens u, dout;
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
@@ -208,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
             if (walks) {
                 Walk walk;
-                walk.run<true>(steps.s, steps.x, dout, own.M[0], resets, scratch, G);
+                walk.run<true>(steps.s, steps.x, dout, own.M, resets, scratch, G);
                 out_factor = walk.to_end, in_factor = walk.from_start;
                 sent.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? exact_operand(steps.x.v[h][i] * out_factor.v[h][i]) : 0.0f; });
                 received.each([&](float& v, int h, int i) { v = together(resets, -1, 4 * q + i) ? exact_operand(dout.v[h][i] * in_factor.v[h][i]) : 0.0f; });
@@ -217,52 +227,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             }
             {
                 State local;
-                Right<2, NT> by_token;
+                __syncwarp();  // the tile before is read
                 local.clear();
-                by_token.read(own.B[0]);
-                multiply(local, sent, by_token);
+                multiply(local, sent, by_token<NT>(own.B, STATE_PITCH));
                 local.each([&](float& v, int h, int i) { v *= scale[h]; });
                 local.write(own.states, STATE);
                 local.clear();
-                by_token.read(own.C[0]);
-                multiply(local, received, by_token);
+                multiply(local, received, by_token<NT>(own.C, STATE_PITCH));
                 local.write(own.costates, STATE);
             }
-            if (q == 0) shared.decays[g][warp] = whole[0], shared.decays[g + 8][warp] = whole[1];
+            if (q == 0)
+#pragma unroll
+                for (int h = 0; h < 2; h++) shared.decays[g + 8 * h][warp] = whole[h], shared.scales[g + 8 * h][warp] = scale[h];
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < OWN_ENTRIES; k++) {
                 Entry entry(k);
                 if (!entry.exists) break;
                 float& carry = shared.carry[tile][entry.number];
-                join_chunks<false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, entry.number, kept[k], nullptr);
-                carry = join_chunks<true, sizeof(shared.of[0]) / 4>(shared.of[0].costates, shared.decays, entry.number, carry, nullptr);
+                join_chunks<false, true, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, shared.scales, entry.number, kept[k], nullptr);
+                carry = join_chunks<true, true, sizeof(shared.of[0]) / 4>(shared.of[0].costates, shared.decays, shared.scales, entry.number, carry, nullptr);
             }
             __syncthreads();
-            State before, after;  // the state before the chunk; the gradient of the state after it
+            State before, after;  // the state before the chunk; the gradient of the state after it, times the scale
             before.read(own.states, STATE);
             after.read(own.costates, STATE);
-            before.each([&](float& v, int h, int i) { v = exact_operand(v); });
-            after.each([&](float& v, int h, int i) { v = exact_operand(v * scale[h]); });
             Tokens y, dx;
             y.clear(), dx.clear();
-            {
-                Right<NT, 2> by_n;
-                by_n.read(own.C[1]);
-                multiply(y, before, by_n);
-                by_n.read(own.B[1]);
-                multiply(dx, after, by_n);
-            }
+            multiply(y, before, by_column<NT>(own.C, STATE_PITCH));
+            multiply(dx, after, by_column<NT>(own.B, STATE_PITCH));
             Tokens F;
             if (!walks) {
                 float through[2] = {0.0f, 0.0f};  // what flows across the chunk's end
                 before.each([&](float& v, int h, int i) { through[h] = fmaf(v, after.v[h][i], through[h]); });
                 sent.each([&](float& v, int h, int i) { through[h] = fmaf(v, dx.v[h][i], through[h]); });
-                Right<2, 2> M;
-                M.read(own.M[0]);
-                multiply(y, sent, M);
-                M.read(own.M[1]);
-                multiply(dx, received, M);
+                multiply(y, sent, by_token<2>(own.M, MATRIX_PITCH));
+                multiply(dx, received, by_column<2>(own.M, MATRIX_PITCH));
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float sum = 0.0f;
@@ -311,22 +311,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             }
             {
                 Right<2, 2> sent_turned = turned(sent, scratch), received_turned = turned(received, scratch);
-                multiply(dB, sent_turned, turned(after, scratch));
-                multiply(dC, received_turned, turned(before, scratch));
+                multiply(dB, sent_turned, turned<NT>(own.costates));
+                multiply(dC, received_turned, turned<NT>(own.states));
                 if (!walks) multiply(G, received_turned, sent_turned);
-            }
-
-            bool more = tile + 1 < block.tiles;
-            if (more || span > block.first) {  // the next tile's loads are under way while this one's gradients are made
-                int next_tile = more ? tile + 1 : 0, next_span = more ? span : span - SPAN;
-                next_u = view_u.load(block, next_tile, next_span), next_delta = view_delta.load(block, next_tile, next_span);
-                next_dy = view_dy.load(block, next_tile, next_span);
             }
 
             float2 D = of_rows(shared.rows.D, tile), A = of_rows(shared.rows.A, tile), bias = of_rows(shared.rows.bias, tile);
             float4 four = *(const float4*)(own.diagonal + 4 * q);
             float diagonal[4] = {four.x, four.y, four.z, four.w};
-            own_u.forget(), own_dy.forget();
+            own_u.read(inputs[0]), own_delta.read(inputs[1]), own_dy.read(inputs[2]);  // again, so that no registers keep them
+            if (BUFFERS == 1) fetch_next(tile);
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
             load_gradient(dout, block, own_dy, own_z, start);
             int valid = min(block.stop, block.last) - start - 4 * q;
@@ -360,10 +354,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                     if (i >= valid) v = dx.v[h][i] = y.v[h][i] = 0.0f;
                 });
             F.each([&](float& v, int h, int i) { sums[h][2] += v; });
-            view_du.store(dx, block, tile, span);
-            view_ddelta.store(F, block, tile, span);
+            view_du.store(dx, block, tile, start), view_du.advance(block, done, -SPAN);
+            view_ddelta.store(F, block, tile, start), view_ddelta.advance(block, done, -SPAN);
 #if GATED
-            view_dz.store(y, block, tile, span);
+            view_dz.store(y, block, tile, start), view_dz.advance(block, done, -SPAN);
 #endif
 #pragma unroll
             for (int which = 0; which < 3; which++) {  // lanes with odd q take the second channel
@@ -373,38 +367,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             }
         }
 
+        if (span > block.first) B.load(p, span - SPAN), C.load(p, span - SPAN);
         // dC_t += sum_{s <= t} G_ts B_s, dB_s += sum_{t >= s} G_ts C_t.
         G.each([&](float& v, int h, int i) {
             v = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f;
         });
-        Right<2, NT> by_token;
-        by_token.read(own.B[0]);
-        multiply(dC, G, by_token);
+        multiply(dC, G, by_token<NT>(own.B, STATE_PITCH));
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; h++) *(float4*)(scratch + column<2>(g, h) * MATRIX_PITCH + 4 * q) = make_float4(G.v[h][0], G.v[h][1], G.v[h][2], G.v[h][3]);
         __syncwarp();
         G.each([&](float& v, int h, int i) { v = scratch[(4 * q + i) * MATRIX_PITCH + column<2>(g, h)]; });
-        by_token.read(own.C[0]);
-        multiply(dB, G, by_token);
+        multiply(dB, G, by_token<NT>(own.C, STATE_PITCH));
         if (block.stop - start < CHUNK) {
             dB.each([&](float& v, int h, int i) { v = column<2>(g, h) < block.stop - start ? v : 0.0f; });
             dC.each([&](float& v, int h, int i) { v = column<2>(g, h) < block.stop - start ? v : 0.0f; });
         }
-        int chunk = span / SPAN;
-        if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
-            if (threadIdx.x == 0)
-                while (read_flag(flags + chunk) != (unsigned)chained) {}
-            __syncthreads();
+        // A warp waits for the same warp of the block before: last, so that it waits for sums alone, not for work.
+        unsigned* flag = flags + span / SPAN * WARPS;
+        if (chained) {
+            if (lane == 0) await_flag(flag, chained);
+            __syncwarp();
         }
         float *part_B = part + (i64)start * STATE, *part_C = part_B + p.length * STATE;
         int tokens = (int)p.length - start;
         if (chained) add_part(dB, part_B, tokens), add_part(dC, part_C, tokens);
         store_part(dB, part_B, tokens), store_part(dC, part_C, tokens);
         if (p.chain > 1) {
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
+            __syncwarp();
+            if (lane == 0) write_flag(flag, chained + 1);
         }
     }
     if (block.segment == 0) end_states(shared.carry, p, block, p.dfirst);

@@ -16,11 +16,13 @@
 #define TOKEN_RUNS 0
 #define SINGLE 1
 #define CHANNEL_RUNS 2
-#define WORDS (ELEMENT == 0 || OWNER == SINGLE ? 8 : 4)
+#define WORDS (ELEMENT == 0 ? 8 : 4)  // of a lane's eight elements
+#define PIECE (OWNER == CHANNEL_RUNS ? WORDS / 4 : WORDS / 2)  // words that lie side by side
 #define MATRIX_WORDS (ELEMENT == 0 ? 4 : 2)
 #define TURN_PITCH (STATE > 16 ? STATE : 16)
 #define TURNED (ROWS * TURN_PITCH + 16)
 #define MATRIX_PITCH (CHUNK + 4)
+#define STATE_PITCH (STATE + 4)
 
 // The number nearest to a float32 that TF32 holds. (What is not a number may lose that here, but not in x - nearest(x).)
 __device__ __forceinline__ float nearest(float x) { return high_part(__uint_as_float(__float_as_uint(x) + 0x1000u)); }
@@ -169,6 +171,20 @@ __device__ __forceinline__ Right<2, T> turned(const Tile<T>& tile, float* scratc
     return right;
 }
 
+// The same of a matrix that lies in shared memory, row by row.
+template <int T>
+__device__ __forceinline__ Right<2, T> turned(const float* matrix) {
+    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    Right<2, T> right;
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int j = 0; j < T; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) right.v[k][j][c] = matrix[(8 * k + 4 * c + q) * (8 * T) + column<T>(g, j)];
+    return right;
+}
+
 // What a block works on: tiles of 16 channels, and tokens from `first` to `last`.
 struct Block {
     int batch, group, tile, segment, rows, tiles, first, last;
@@ -186,6 +202,10 @@ struct Block {
         last = min(first + (int)p.segment_tokens, (int)p.length);
         stop = p.lengths ? (int)((const i64*)p.lengths)[batch] : (int)p.length;
     }
+    // Whether all lanes of a warp have eight elements, of a tile and the 16 tokens from `start` on.
+    __device__ __forceinline__ bool whole(int tile, int start) const { return (tile + 1) * ROWS <= rows && start + CHUNK <= last; }
+    __device__ __forceinline__ int rows_left(int tile) const { return rows - tile * ROWS - (int)(threadIdx.x % 32 / 4 * 2); }
+    __device__ __forceinline__ int tokens_left(int start) const { return last - start - (int)(threadIdx.x % 4 * 4); }
     // Where the first channel lies in an array (b, slots, d, STATE).
     __device__ __forceinline__ float* slot(const Args& p, i64 array, i64 slots, i64 index) const {
         return (float*)array + ((batch * slots + index) * p.channels + channel) * STATE;
@@ -217,8 +237,8 @@ struct Eight {
 #if ELEMENT == 0
         return __uint_as_float(words[4 * h + i]);
 #else
-        unsigned word = OWNER == SINGLE ? words[4 * h + i] : OWNER == TOKEN_RUNS ? words[2 * h + i / 2] : words[i];
-        bool upper = OWNER == SINGLE ? false : OWNER == TOKEN_RUNS ? i % 2 : h;
+        unsigned word = OWNER == CHANNEL_RUNS ? words[i] : words[2 * h + i / 2];
+        bool upper = OWNER == CHANNEL_RUNS ? h : i % 2;
 #if ELEMENT == 1
         return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
 #else
@@ -230,26 +250,45 @@ struct Eight {
 #if ELEMENT == 0
         words[4 * h + i] = __float_as_uint(x);
 #else
-        if (OWNER == SINGLE) {
-            words[4 * h + i] = x;
-        } else {
-            unsigned& word = words[OWNER == TOKEN_RUNS ? 2 * h + i / 2 : i];
-            word = (OWNER == TOKEN_RUNS ? i % 2 : h) ? (word & 0xffffu) | (unsigned)x << 16 : (unsigned)x;
-        }
+        unsigned& word = words[OWNER == CHANNEL_RUNS ? i : 2 * h + i / 2];
+        word = (OWNER == CHANNEL_RUNS ? h : i % 2) ? (word & 0xffffu) | (unsigned)x << 16 : (unsigned)x;
 #endif
     }
     __device__ __forceinline__ element bits(int h, int i) const {
 #if ELEMENT == 0
         return __uint_as_float(words[4 * h + i]);
 #else
-        if (OWNER == SINGLE) return (element)words[4 * h + i];
-        unsigned word = words[OWNER == TOKEN_RUNS ? 2 * h + i / 2 : i];
-        return (element)((OWNER == TOKEN_RUNS ? i % 2 : h) ? word >> 16 : word & 0xffffu);
+        unsigned word = words[OWNER == CHANNEL_RUNS ? i : 2 * h + i / 2];
+        return (element)((OWNER == CHANNEL_RUNS ? h : i % 2) ? word >> 16 : word & 0xffffu);
 #endif
     }
-    __device__ __forceinline__ void forget() {
+    // In shared memory: all lanes' first piece, then their next...
+    __device__ __forceinline__ void read(const unsigned* from) {
+        from += threadIdx.x % 32 * PIECE;
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) ::forget(words[i]);
+        for (int i = 0; i < WORDS / PIECE; i++) {
+            const unsigned* at = from + i * 32 * PIECE;
+#if ELEMENT == 0 && OWNER == CHANNEL_RUNS
+            uint2 v = *(const uint2*)at;
+            words[i] = v.x, words[4 + i] = v.y;
+#elif ELEMENT == 0
+            uint4 v = *(const uint4*)at;
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+#elif OWNER == CHANNEL_RUNS
+            words[i] = *at;
+#else
+            uint2 v = *(const uint2*)at;
+            words[2 * i] = v.x, words[2 * i + 1] = v.y;
+#endif
+        }
+    }
+    __device__ __forceinline__ void write(unsigned* to) const {
+        to += threadIdx.x % 32 * PIECE;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            int piece = i / PIECE, word = i % PIECE;
+            to[piece * 32 * PIECE + word] = words[ELEMENT == 0 && OWNER == CHANNEL_RUNS ? 4 * word + piece : i];
+        }
     }
     __device__ __forceinline__ explicit Eight() {}
     __device__ __forceinline__ explicit Eight(const Tokens& x) {
@@ -259,88 +298,101 @@ struct Eight {
 #else
 #pragma unroll
         for (int i = 0; i < WORDS; i++)
-            words[i] = OWNER == SINGLE       ? narrow(x.v[i / 4 % 2][i % 4])
-                       : OWNER == TOKEN_RUNS ? narrow_pair(x.v[i / 2 % 2][i % 2 * 2], x.v[i / 2 % 2][i % 2 * 2 + 1])
-                                             : narrow_pair(x.v[0][i % 4], x.v[1][i % 4]);
+            words[i] = OWNER == CHANNEL_RUNS ? narrow_pair(x.v[0][i], x.v[1][i]) : narrow_pair(x.v[i / 2][i % 2 * 2], x.v[i / 2][i % 2 * 2 + 1]);
 #endif
     }
 };
 
-// A (b, d, L) array as a lane sees it.
+// A (b, d, L) array as a lane sees it: where its eight elements of the tile and span at hand lie.
 struct View {
-    element* base;  // the block's first channel
-    unsigned lane;  // from there to the lane's first element; the launch sees to it that this is enough
+    element* at;
     i64 row, token;
     bool runs;
-    __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block)
+    __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block, int span)
         : row(row_stride), token(token_stride), runs(OWNER != SINGLE && runs_ != 0) {
-        base = (element*)address + block.batch * batch_stride + block.channel * row_stride;
-        lane = threadIdx.x % 32 / 4 * 2 * (unsigned)row_stride + (threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4) * (unsigned)token_stride;
+        at = (element*)address + block.batch * batch_stride + (block.channel + threadIdx.x % 32 / 4 * 2) * row_stride +
+             (span + (i64)(threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4)) * token_stride;
     }
-    __device__ __forceinline__ element* at(int tile, int span) const { return base + (tile * (ROWS * row) + span * token) + lane; }
-    __device__ __forceinline__ Eight load(const Block& block, int tile, int span) const {
-        const element* from = at(tile, span);
-        int start = span + threadIdx.x / 32 * CHUNK, rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+    // On to the block's next tile; from its last one to the first one, `tokens` later.
+    __device__ __forceinline__ void advance(const Block& block, bool last, int tokens) {
+        at += last ? tokens * token - (block.tiles - 1) * (ROWS * row) : ROWS * row;
+    }
+    __device__ __forceinline__ Eight load(const Block& block, int tile, int start) const {
         Eight got;
-        if (runs && rows >= 2 && tokens >= 4) {
+        if (runs && block.whole(tile, start)) {
 #if ELEMENT == 0 && OWNER == TOKEN_RUNS
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint4 v = load_four(from + h * row);
+                uint4 v = load_four(at + h * row);
                 got.words[4 * h] = v.x, got.words[4 * h + 1] = v.y, got.words[4 * h + 2] = v.z, got.words[4 * h + 3] = v.w;
             }
 #elif OWNER == TOKEN_RUNS
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint2 v = load_two(from + h * row);
+                uint2 v = load_two(at + h * row);
                 got.words[2 * h] = v.x, got.words[2 * h + 1] = v.y;
             }
 #elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                uint2 v = load_two(from + i * token);
+                uint2 v = load_two(at + i * token);
                 got.words[i] = v.x, got.words[4 + i] = v.y;
             }
 #elif OWNER == CHANNEL_RUNS
 #pragma unroll
-            for (int i = 0; i < 4; i++) got.words[i] = load_one(from + i * token);
+            for (int i = 0; i < 4; i++) got.words[i] = load_one(at + i * token);
 #endif
         } else {
-            element single[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) single[i] = i / 4 < rows && i % 4 < tokens ? from[i / 4 * row + i % 4 * token] : (element)0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) got.set_bits(i / 4, i % 4, single[i]);
+            got = load_singly(block, tile, start);
         }
         return got;
     }
-    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int span) const {
-        element* to = at(tile, span);
-        int start = span + threadIdx.x / 32 * CHUNK, rows = block.rows - tile * ROWS - threadIdx.x % 32 / 4 * 2, tokens = block.last - start - threadIdx.x % 4 * 4;
+    __device__ __forceinline__ Eight load_singly(const Block& block, int tile, int start) const {
+        int rows = block.rows_left(tile), tokens = block.tokens_left(start);
+        Eight got;
+        element single[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) single[i] = i / 4 < rows && i % 4 < tokens ? at[i / 4 * row + i % 4 * token] : (element)0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) got.set_bits(i / 4, i % 4, single[i]);
+        return got;
+    }
+    // Begins to bring them to shared memory, where the same lane reads them after `copies_done`.
+    __device__ __forceinline__ void fetch(unsigned* to, const Block& block, int tile, int start) const {
+        if (runs && block.whole(tile, start)) {
+            to += threadIdx.x % 32 * PIECE;
+#pragma unroll
+            for (int i = 0; i < WORDS / PIECE; i++) copy<PIECE>(to + i * 32 * PIECE, at + i * (OWNER == CHANNEL_RUNS ? token : row));
+        } else {
+            load_singly(block, tile, start).write(to);
+        }
+    }
+    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int start) const {
         Eight out(values);
-        if (runs && rows >= 2 && tokens >= 4) {
+        if (runs && block.whole(tile, start)) {
 #if ELEMENT == 0 && OWNER == TOKEN_RUNS
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                *(uint4*)(to + h * row) = make_uint4(out.words[4 * h], out.words[4 * h + 1], out.words[4 * h + 2], out.words[4 * h + 3]);
+                *(uint4*)(at + h * row) = make_uint4(out.words[4 * h], out.words[4 * h + 1], out.words[4 * h + 2], out.words[4 * h + 3]);
 #elif OWNER == TOKEN_RUNS
 #pragma unroll
-            for (int h = 0; h < 2; h++) *(uint2*)(to + h * row) = make_uint2(out.words[2 * h], out.words[2 * h + 1]);
+            for (int h = 0; h < 2; h++) *(uint2*)(at + h * row) = make_uint2(out.words[2 * h], out.words[2 * h + 1]);
 #elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
 #pragma unroll
-            for (int i = 0; i < 4; i++) *(uint2*)(to + i * token) = make_uint2(out.words[i], out.words[4 + i]);
+            for (int i = 0; i < 4; i++) *(uint2*)(at + i * token) = make_uint2(out.words[i], out.words[4 + i]);
 #elif OWNER == CHANNEL_RUNS
 #pragma unroll
-            for (int i = 0; i < 4; i++) *(unsigned*)(to + i * token) = out.words[i];
+            for (int i = 0; i < 4; i++) *(unsigned*)(at + i * token) = out.words[i];
 #endif
         } else {
+            int rows = block.rows_left(tile), tokens = block.tokens_left(start);
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                if (i / 4 < rows && i % 4 < tokens) to[i / 4 * row + i % 4 * token] = out.bits(i / 4, i % 4);
+                if (i / 4 < rows && i % 4 < tokens) at[i / 4 * row + i % 4 * token] = out.bits(i / 4, i % 4);
         }
     }
 };
-#define VIEW(name) View(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block)
+#define VIEW(name, span) View(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block, span)
 
 // B or C of a warp's 16 tokens: a lane's four tokens of n = column<NT>(g, j).
 struct Matrix {
@@ -389,6 +441,14 @@ struct Matrix {
         return narrowed_bits_to_float(i % 2 ? words[j][i / 2] >> 16 : words[j][i / 2] & 0xffffu);
 #endif
     }
+    // To shared memory, token by token; 0 past the sequence's end.
+    __device__ __forceinline__ void deal(float* to, int tokens) const {
+        int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) to[(4 * q + i) * STATE_PITCH + column<NT>(g, j)] = 4 * q + i < tokens ? get(j, i) : 0.0f;
+    }
     // As operands: tokens x n, and n x tokens by way of shared memory; 0 past the sequence's end.
     __device__ __forceinline__ void turn(Right<2, NT>& by_token, Right<NT, 2>& by_n, float* scratch, int tokens) const {
         int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
@@ -413,4 +473,29 @@ struct Matrix {
                 for (int c = 0; c < 2; c++) by_n.v[k][j][c] = scratch[(2 * NT * q + 2 * k + c) * MATRIX_PITCH + column<2>(g, j)];
     }
 };
+// A matrix of tokens x columns in shared memory as an operand, and turned, columns x tokens.
+template <int T>
+__device__ __forceinline__ Right<2, T> by_token(const float* from, int pitch) {
+    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    Right<2, T> right;
+#pragma unroll
+    for (int j = 0; j < T; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) right.v[i / 2][j][i % 2] = from[(4 * q + i) * pitch + column<T>(g, j)];
+    return right;
+}
+template <int K>
+__device__ __forceinline__ Right<K, 2> by_column(const float* from, int pitch) {
+    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    Right<K, 2> right;
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            float2 two = *(const float2*)(from + column<2>(g, j) * pitch + 2 * K * q + 2 * k);
+            right.v[k][j][0] = two.x, right.v[k][j][1] = two.y;
+        }
+    return right;
+}
+
 #define MATRIX(name) Matrix(p.name, p.name##_b, p.name##_g, p.name##_n, p.name##_l, block)

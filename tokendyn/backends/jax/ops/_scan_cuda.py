@@ -49,8 +49,6 @@ class _Plan:
             self.scalar_A, batch, groups, channels // groups, length, state, processors(), fill
         )
         self.blocks = batch * groups * layout.tiles * layout.segments
-        self.chain = -(-layout.tiles // _scan_cuda_layout.PARTS)
-        self.parts = -(-layout.tiles // self.chain)
         self.gated = backward and "z" in given
         in_word = min(layout.token_run, 16 // u.dtype.itemsize)
         self.runs = int(length % in_word == 0)
@@ -61,7 +59,7 @@ class _Plan:
         self.set(
             batch=batch, channels=channels, length=length, groups=groups, group_size=channels // groups, state=state,
             block_rows=layout.block_rows, tiles=layout.tiles, segments=layout.segments,
-            segment_tokens=layout.segment_tokens, chunks=layout.chunks, parts=self.parts, chain=self.chain,
+            segment_tokens=layout.segment_tokens, chunks=layout.chunks, parts=layout.parts, chain=layout.chain,
             softplus=int(softplus), matrix_runs=self.runs,
         )  # fmt: skip
         self.inputs: Arrays = {}
@@ -181,15 +179,15 @@ def _backward(given: Arrays, fixed: Arrays, softplus: bool, states: Any, dy: Any
         if name in given:
             plan.result(field, (copies, channels))
     columns = layout.padded if plan.scalar_A else 0  # parts are (L, columns) there, (N, L) else
-    plan.result("parts_out", (batch, groups, plan.parts, 2, columns or state, length))
-    if plan.chain > 1:
-        flags = jnp.zeros(1 + batch * groups * plan.parts * layout.chunks, jnp.int32)
+    plan.result("parts_out", (batch, groups, layout.parts, 2, columns or state, length))
+    if layout.chain > 1:
+        flags = jnp.zeros(layout.counters(batch * groups), jnp.int32)
         plan.inputs["flags"] = flags
         plan.result("counters", flags.shape, flags.dtype)
         plan.zeroed["flags"] = "counters"
     plan.launch("gradients")
     per_matrix = (columns or state) * length
-    matrix = (batch * groups, plan.parts, per_matrix, 2 * per_matrix, columns)
+    matrix = (batch * groups, layout.parts, per_matrix, 2 * per_matrix, columns)
     plan.sum(
         ("dA", 0, "A", A, (1, copies, channels * rates, channels * rates, 0)),
         ("parts_out", 0, "B", B, matrix),

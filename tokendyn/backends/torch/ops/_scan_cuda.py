@@ -89,8 +89,6 @@ class _Plan:
         size = channels // groups
         self.segments = layout.segments
         self.blocks = batch * groups * layout.tiles * layout.segments
-        self.chain = -(-layout.tiles // _scan_cuda_layout.PARTS)
-        self.parts = -(-layout.tiles // self.chain)
         if all(_side_by_side(t, 2, layout.token_run) for t in (u, delta)):
             self.owner = _TOKEN_RUNS
         elif size % layout.channel_run == 0 and all(_side_by_side(t, 1, layout.channel_run) for t in (u, delta)):
@@ -100,7 +98,7 @@ class _Plan:
         self.packed = seq_idx is not None
         self.arguments = _Arguments(
             batch, channels, length, groups, size, state, layout.block_rows, layout.tiles, layout.segments,
-            layout.segment_tokens, layout.chunks, self.parts, self.chain, int(softplus), 0, 0,
+            layout.segment_tokens, layout.chunks, layout.parts, layout.chain, int(softplus), 0, 0,
             int(all(_side_by_side(t, 3, layout.token_run) for t in (B, C))),
         )  # fmt: skip
         self.kept: list[torch.Tensor] = []  # until the launches are under way
@@ -211,17 +209,17 @@ def backward(
     dA = plan.floats(copies, channels, rates)
     dD, dbias = (None if t is None else plan.floats(copies, channels) for t in (D, bias))
     columns = plan.layout.padded if plan.scalar_A else 0  # parts are (L, columns) there, (N, L) else
-    parts = plan.floats(batch, groups, plan.parts, 2, columns or state, length)
+    parts = plan.floats(batch, groups, plan.layout.parts, 2, columns or state, length)
     plan.give(dA=dA, dD=dD, dbias=dbias, parts_out=parts)
-    if plan.chain > 1:
-        flags = 1 + batch * groups * plan.parts * plan.layout.chunks
-        plan.give(counters=torch.zeros(flags, dtype=torch.int32, device=u.device))
+    if plan.layout.chain > 1:
+        counters = plan.layout.counters(batch * groups)
+        plan.give(counters=torch.zeros(counters, dtype=torch.int32, device=u.device))
     plan.run("gradients", backward=True)
     per_matrix = (columns or state) * length
     sum_A, sum_B, sum_C, sum_D, sum_bias = plan.sum(
         (dA, 0, A, 1, copies, channels * rates, channels * rates, 0),
-        (parts, 0, B, batch * groups, plan.parts, per_matrix, 2 * per_matrix, columns),
-        (parts, per_matrix, C, batch * groups, plan.parts, per_matrix, 2 * per_matrix, columns),
+        (parts, 0, B, batch * groups, plan.layout.parts, per_matrix, 2 * per_matrix, columns),
+        (parts, per_matrix, C, batch * groups, plan.layout.parts, per_matrix, 2 * per_matrix, columns),
         (dD, 0, D, 1, copies, channels, channels, 0),
         (dbias, 0, bias, 1, copies, channels, channels, 0),
     )
