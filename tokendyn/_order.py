@@ -19,17 +19,24 @@ class Order:
 
     Attributes:
         scores: (b, L) the scores that made it.
-        indices: (b, L) integers, the hard order.
+        permutation: :attr:`indices` where it moves whole tokens, None for ``"softsort"``, which does without.
         method: ``"softsort"``, ``"hard"`` or ``"straight_through"``.
         tau, power, ascending: see :func:`tokendyn.softsort`.
     """
 
     scores: Any
-    indices: Any
+    permutation: Any
     method: str
     tau: float
     power: float
     ascending: bool
+
+    @property
+    def indices(self) -> Any:
+        """(b, L) integers, the hard order: see :func:`tokendyn.hard_order`. Made anew for ``"softsort"``."""
+        if self.permutation is not None:
+            return self.permutation
+        return load_backend(_kind(self.scores)).hard_order(self.scores, ascending=self.ascending)
 
     def apply(self, x: Any, *, axis: int = -2) -> Any:
         """``x`` in this order.
@@ -70,7 +77,7 @@ class Order:
         """(b, L, L) the matrix that :meth:`apply` multiplies with. O(b L²): to look at, not to run."""
         if self.method == "softsort":
             return ops.softsort_matrix(self.scores, **self._softsort_options)
-        return load_backend(_kind(self.scores)).permutation_matrix(self.indices, self.scores)
+        return load_backend(_kind(self.scores)).permutation_matrix(self.permutation, self.scores)
 
     @property
     def _softsort_options(self) -> dict[str, Any]:
@@ -98,7 +105,7 @@ class Order:
         """``x`` (b, L, D) by ``soft``, ``hard``, or both."""
         if self.method == "softsort":
             return soft(self.scores, x, **self._softsort_options)
-        permuted = hard(x, self.indices)
+        permuted = hard(x, self.permutation)
         if self.method == "hard":
             return permuted
         # Value: exactly the permuted tokens. Gradient: to x by the permutation, to the scores by SoftSort.

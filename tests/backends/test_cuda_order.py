@@ -180,7 +180,7 @@ def test_what_the_kernels_decline(monkeypatch):
 
     def reason(**change):
         given = {"dtype": torch.bfloat16, "device": "cuda", "needs_grad": True, "transformed": False}
-        call = _engines.OrderCall(**{**given, "length": 16384, "power": 1, "itemsize": 2, **change})
+        call = _engines.OrderCall(**{**given, "length": 16384, "power": 1, **change})
         (engine,) = (engine for engine in _engines.ENGINES["softsort"] if engine.name == "cuda")
         return engine.declines(call)
 

@@ -258,7 +258,7 @@ def token_order(
         As :func:`softsort`.
 
     Cost:
-        O(b L log L) here; the rest when it is applied.
+        O(b L log L) here for orders that permute; the rest when it is applied.
     """
     from tokendyn._order import Order
 
@@ -267,7 +267,7 @@ def token_order(
     _check_order("token_order", scores, None, tau, power)
     return Order(
         scores=scores,
-        indices=hard_order(scores, ascending=ascending),
+        permutation=None if method == "softsort" else hard_order(scores, ascending=ascending),
         method=method,
         tau=tau,
         power=power,

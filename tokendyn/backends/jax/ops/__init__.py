@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 jax.tree_util.register_dataclass(
-    Order, data_fields=["scores", "indices"], meta_fields=["method", "tau", "power", "ascending"]
+    Order, data_fields=["scores", "permutation"], meta_fields=["method", "tau", "power", "ascending"]
 )
 
 

@@ -243,7 +243,7 @@ def record_orders(model: nn.Module) -> Iterator[dict[str, list[OrderRecord]]]:
 @torch.no_grad()
 def _record(x: Tensor, order: Order) -> OrderRecord:
     scores = order.scores.detach()
-    detached = Order(scores, order.indices, order.method, order.tau, order.power, order.ascending)
+    detached = Order(scores, order.permutation, order.method, order.tau, order.power, order.ascending)
     if order.method == "softsort":
         effective = ops.effective_tokens(scores, tau=order.tau, power=order.power, ascending=order.ascending)
     else:

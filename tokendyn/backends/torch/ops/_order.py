@@ -74,7 +74,6 @@ def _describe(scores: torch.Tensor, x: torch.Tensor, power: float) -> OrderCall:
         transformed=transformed(),
         length=x.shape[1],
         power=power,
-        itemsize=x.element_size(),
     )
 
 
