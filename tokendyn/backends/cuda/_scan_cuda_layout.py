@@ -34,6 +34,8 @@ PARTS = 4
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
 _SEGMENTED = 1.6
+#: Shared memory of an H100's multiprocessor, of which each block's share is 1,024 bytes larger than what it asks for.
+_SHARED = 228 << 10
 #: Tiles of 16 channels that a block of the scalar kernels can work on.
 _MOST_TILES = 6
 
@@ -62,7 +64,7 @@ class Layout:
         """The compiler's options of a variant."""
         chosen = {"ELEMENT": element, "THREADS": self.threads, "STATE": self.padded, "GATED": int(gated)}
         chosen |= {"PACKED": int(packed), "OWNER": owner}
-        chosen["FORWARD_BYTES"], chosen["BACKWARD_BYTES"] = self.shared_bytes(gated)
+        chosen["FORWARD_BYTES"], chosen["BACKWARD_BYTES"] = self.shared_bytes(gated, 1)
         if self.kernels == "general":
             chosen["QUADS"] = self.padded // 4
         return tuple(f"-D{name}={value}" for name, value in chosen.items())
@@ -81,11 +83,11 @@ class Layout:
         """Integers, 0 at first, by which blocks of a chain know whose turn it is."""
         return 1 + sequences * self.parts * self.chunks * (self.threads // 32 if self.kernels == "scalar" else 1)
 
-    def shared_bytes(self, gated: bool) -> tuple[int, int]:
-        """Shared memory of a block of the forward and of the backward kernels."""
+    def shared_bytes(self, gated: bool, tiles: int | None = None) -> tuple[int, int]:
+        """Shared memory of a block of the forward and of the backward kernels, had it so many tiles of 16 channels."""
         if self.kernels == "general":
             return _general_bytes(self.padded // 4, gated)
-        return _scalar_bytes(self.threads // 32, self.padded)
+        return _scalar_bytes(self.threads // 32, self.padded, self.block_rows // 16 if tiles is None else tiles)
 
 
 @functools.cache
@@ -109,11 +111,11 @@ def _general_bytes(quads: int, gated: bool) -> tuple[int, int]:
     return forward, -(-backward // 16) * 16
 
 
-def _scalar_bytes(warps: int, state: int) -> tuple[int, int]:
-    entries, square, rows = 16 * state, 256, 4 * 16 * _MOST_TILES
+def _scalar_bytes(warps: int, state: int, tiles: int) -> tuple[int, int]:
+    entries, square, rows = 16 * state, 256, 4 * 16 * _MOST_TILES + 16
     forward = warps * (entries + max(20 * state, square) + 320 + 16) + 2 * _MOST_TILES * entries + rows
-    per_warp = 2 * entries + 768 + 320 + 32 * (state + 4) + 768 + 3 * 16 + _MOST_TILES * 3 * 16
-    backward = warps * per_warp + _MOST_TILES * entries + rows + 1
+    per_warp = 4 * entries + 512 + 320 + 32 * (state + 4) + 768 + 3 * 16
+    backward = warps * per_warp + rows + 4 + tiles * (entries + 3 * 16 * warps)
     return 4 * forward, -(-4 * backward // 16) * 16
 
 
@@ -153,7 +155,10 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: in
         return -(-wanted // fit) * most * segment * (1.0 if segment >= chunks else _SEGMENTED)
 
     choices = []
+    beside = [_SHARED // (_scalar_bytes(warps, padded, most)[1] + 1024) for most in range(_MOST_TILES + 1)]
     for most in range(min(_MOST_TILES, tiles), 0, -1):
+        if beside[most] < beside[1]:
+            continue  # fewer blocks beside each other on a multiprocessor
         whole = sequences * -(-tiles // most)
         for rounds in (1, 2):
             segments = max(1, min(chunks, rounds * fit // whole))

@@ -60,11 +60,11 @@ struct Steps {
     float total[2];  // exponents over the chunk
     Tokens q;        // and from its first token on
     __device__ __forceinline__ Steps(const Args& p, const Block& block, const Rows& rows, const Eight& raw, Tokens& u, int tile, int start) {
-        int g = threadIdx.x % 32 / 4, lane_q = threadIdx.x % 4, valid = min(block.stop, block.last) - start - 4 * lane_q;
+        int g = threadIdx.x % 32 / 4, lane_q = threadIdx.x % 4, valid = block.end - start - 4 * lane_q;
         float2 bias = *(const float2*)(rows.bias + tile * ROWS + 2 * g), rate = *(const float2*)(rows.rate + tile * ROWS + 2 * g);
         step.each([&](float& v, int h, int i) { v = raw.get(h, i) + (h ? bias.y : bias.x); });
         if (p.softplus) step.each([&](float& v, int h, int i) { v = softplus(v); });
-        if (min(block.stop, block.last) - start < CHUNK)
+        if (block.end - start < CHUNK)
             step.each([&](float& v, int h, int i) {
                 if (i >= valid) v = 0.0f, u.v[h][i] = 0.0f;
             });
@@ -102,13 +102,14 @@ __device__ __forceinline__ float sum_of(const Tokens& x) {
 struct Walk {
     Tokens from_start, to_end;  // weights from the state before the chunk and to the state after it; 0 where cut off
     float whole[2];             // decay across the chunk
-    // M: s x t in shared memory, MATRIX_PITCH floats a row. In `scratch`, afterwards: y, dx and F (see `gradients`), sums over pairs
-    // s < t of the chunk (forward: y alone, s <= t). G gets the sums over channels of dy_t x_s times the weight.
+    Tokens crossing;            // F (see `gradients`) of what flows inside the chunk
+    // M: s x t in shared memory, MATRIX_PITCH floats a row. In `scratch`, afterwards: y and dx, sums over pairs s < t of the chunk
+    // (forward: y alone, s <= t). `douts` is more space. G gets the sums over channels of dy_t x_s times the weight.
     template <bool GRADIENTS>
-    __device__ __forceinline__ void run(const Tokens& s, const Tokens& x, const Tokens& dy, const float* M, unsigned resets, float* scratch, Tokens& G) {
+    __device__ __forceinline__ void run(const Tokens& s, const Tokens& x, const Tokens& dy, const float* M, unsigned resets, float* scratch, float* douts, Tokens& G) {
         int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-        float *decays = scratch, *douts = scratch + SQUARE, *weighted = scratch + 2 * SQUARE;
-        Tokens y, dx, crossing, &weight = to_end;
+        float *decays = scratch, *weighted = scratch + SQUARE;
+        Tokens y, dx, &weight = to_end;
         y.each([&](float& v, int h, int i) { v = ex2(-s.v[h][i]); });
         __syncwarp();
         y.write(decays, CHUNK);
@@ -163,7 +164,7 @@ struct Walk {
         }
         __syncwarp();
         y.write(scratch, CHUNK);
-        if (GRADIENTS) dx.write(scratch + SQUARE, CHUNK), crossing.write(scratch + 2 * SQUARE, CHUNK);
+        if (GRADIENTS) dx.write(scratch + SQUARE, CHUNK);
     }
 };
 
@@ -180,6 +181,7 @@ struct ForwardShared {
     float carry[MOST_TILES][ENTRIES], across[MOST_TILES][ENTRIES];
     float decays[ROWS][WARPS];
     Rows rows;
+    Ways ways;
 };
 static_assert(sizeof(ForwardShared) == FORWARD_BYTES, "the launch must know how much shared memory to ask for");
 
@@ -213,7 +215,8 @@ __device__ __forceinline__ float join_chunks(float* states, const float (&decays
 }
 
 // The states that a segment's blocks begin with: what another segment has left, or the user's.
-__device__ __forceinline__ void begin_states(float (&carry)[MOST_TILES][ENTRIES], const Args& p, const Block& block, i64 given, int slot) {
+template <typename F>
+__device__ __forceinline__ void begin_states(F carry, const Args& p, const Block& block, i64 given, int slot) {
     const float* slots = block.slot(p, p.slots, p.segments + 1, slot);
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; tile++)
@@ -221,7 +224,7 @@ __device__ __forceinline__ void begin_states(float (&carry)[MOST_TILES][ENTRIES]
         for (int k = 0; k < OWN_ENTRIES; k++) {
             Entry entry(k);
             const float* from = p.segments == 1 ? entry.given(p, block, given, tile) : entry.within(block, tile) ? slots + entry.offset(tile) : nullptr;
-            if (entry.exists) carry[tile][entry.number] = from ? *from : 0.0f;
+            if (entry.exists) carry(tile)[entry.number] = from ? *from : 0.0f;
         }
 }
 // A segment of which only the end and the decay across it are wanted.
@@ -241,14 +244,15 @@ __device__ __forceinline__ void end_segment(const float (&carry)[MOST_TILES][ENT
         }
 }
 // Gives the user the states that blocks end with.
-__device__ __forceinline__ void end_states(const float (&carry)[MOST_TILES][ENTRIES], const Args& p, const Block& block, i64 given) {
+template <typename F>
+__device__ __forceinline__ void end_states(F carry, const Args& p, const Block& block, i64 given) {
 #pragma unroll 1
     for (int tile = 0; tile < block.tiles; tile++)
 #pragma unroll
         for (int k = 0; k < OWN_ENTRIES; k++) {
             Entry entry(k);
             float* to = entry.given(p, block, given, tile);
-            if (to) *to = carry[tile][entry.number];
+            if (to) *to = carry(tile)[entry.number];
         }
 }
 
@@ -265,10 +269,13 @@ __device__ __forceinline__ void forward(const Args& p) {
     float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
     if (OUTPUTS)
-        begin_states(shared.carry, p, block, p.first_state, block.segment);
+        begin_states([&](int tile) { return shared.carry[tile]; }, p, block, p.first_state, block.segment);
     else
         begin_segment(shared.carry, shared.across, block);
-    View view_u = VIEW(u, block.first), view_delta = VIEW(delta, block.first), view_z = VIEW(z, block.first), view_y = VIEW(y, block.first);
+    VIEW(0, u, block.first, SPAN);
+    VIEW(1, delta, block.first, SPAN);
+    VIEW(2, z, block.first, SPAN);
+    VIEW(3, y, block.first, SPAN);
     int start = block.first + warp * CHUNK;
     Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start);
     Matrix B = MATRIX(B), C = MATRIX(C);
@@ -298,13 +305,14 @@ __device__ __forceinline__ void forward(const Args& p) {
             u.each([&](float& v, int h, int i) { v = next_u.get(h, i); });
             Steps steps(p, block, shared.rows, next_delta, u, tile, start);
             bool done = tile + 1 == block.tiles;
-            view_u.advance(block, done, SPAN), view_delta.advance(block, done, SPAN);
+            const auto& ways = shared.ways.by[done];
+            view_u.advance(ways), view_delta.advance(ways);
             if (!done || span + SPAN < block.last) {  // the next tile's loads are under way while this one is worked on
                 int next_tile = done ? 0 : tile + 1, next_start = done ? start + SPAN : start;
                 next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
             }
             Eight own_z;
-            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, start), view_z.advance(block, done, SPAN);
+            if (OUTPUTS && p.z) own_z = view_z.load(block, tile, start), view_z.advance(ways);
             Tokens x, factor;
             x.each([&](float& v, int h, int i) { v = steps.x.v[h][i] * ex2(steps.q.v[h][i]); });
             bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(x)));
@@ -317,7 +325,7 @@ __device__ __forceinline__ void forward(const Args& p) {
                 Walk walk;
 #pragma unroll
                 for (int i = 0; i < 8; i++) own.M[(4 * q + i % 4) * MATRIX_PITCH + column<2>(g, i / 4)] = M.v[i % 4 / 2][i / 4][i % 2];
-                walk.run<false>(steps.s, steps.x, steps.x, own.M, resets, scratch, factor);
+                walk.run<false>(steps.s, steps.x, steps.x, own.M, resets, scratch, nullptr, factor);
                 factor = walk.from_start;
                 x.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? operand(steps.x.v[h][i] * walk.to_end.v[h][i]) : 0.0f; });
 #pragma unroll
@@ -361,13 +369,13 @@ __device__ __forceinline__ void forward(const Args& p) {
                 out.each([&](float& v, int h, int i) {
                     if (4 * q + i >= block.stop - start) v = 0.0f;
                 });
-            view_y.store(out, block, tile, start), view_y.advance(block, done, SPAN);
+            view_y.store(out, block, tile, start), view_y.advance(ways);
         }
     }
     if (!OUTPUTS)
         end_segment(shared.carry, shared.across, p, block);
     else if (block.last == p.length)
-        end_states(shared.carry, p, block, p.last_state);
+        end_states([&](int tile) { return shared.carry[tile]; }, p, block, p.last_state);
 }
 
 #define BLOCKS (STATE > 16 ? 1 : 512 / THREADS)

@@ -2,14 +2,14 @@
 
 // The gradient that reaches y before the gate.
 __device__ __forceinline__ void load_gradient(Tokens& dout, const Block& block, const Eight& dy, const Eight& z, int start) {
-    int valid = min(block.stop, block.last) - start - threadIdx.x % 4 * 4;
+    int valid = block.end - start - threadIdx.x % 4 * 4;
     dout.each([&](float& v, int h, int i) {
         v = dy.get(h, i);
 #if GATED
         v *= z.get(h, i) * sigmoid(z.get(h, i));
 #endif
     });
-    if (min(block.stop, block.last) - start < CHUNK)
+    if (block.end - start < CHUNK)
         dout.each([&](float& v, int h, int i) {
             if (i >= valid) v = 0.0f;
         });
@@ -27,7 +27,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     load_rows(shared.rows, p, block);
     begin_segment(shared.carry, shared.across, block);
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
-    View view_dy = VIEW(dy, span), view_delta = VIEW(delta, span), view_z = VIEW(z, span);
+    VIEW(0, dy, span, -SPAN);
+    VIEW(1, delta, span, -SPAN);
+    VIEW(2, z, span, -SPAN);
     Eight next_dy = view_dy.load(block, 0, start), next_delta = view_delta.load(block, 0, start), own_z;
     Matrix C = MATRIX(C);
     C.load(p, span);
@@ -41,12 +43,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
         for (int tile = 0; tile < block.tiles; tile++) {
             Tokens dout;
             bool done = tile + 1 == block.tiles;
+            const auto& ways = shared.ways.by[done];
 #if GATED
-            own_z = view_z.load(block, tile, start), view_z.advance(block, done, -SPAN);
+            own_z = view_z.load(block, tile, start), view_z.advance(ways);
 #endif
             load_gradient(dout, block, next_dy, own_z, start);
             Steps steps(p, block, shared.rows, next_delta, dout, tile, start);
-            view_dy.advance(block, done, -SPAN), view_delta.advance(block, done, -SPAN);
+            view_dy.advance(ways), view_delta.advance(ways);
             if (!done || span > block.first) {
                 int next_tile = done ? 0 : tile + 1, next_start = done ? start - SPAN : start;
                 next_dy = view_dy.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
@@ -75,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     end_segment(shared.carry, shared.across, p, block);
 }
 
-#define BACKWARD_SCRATCH 768  // floats a warp: a walk's, B or C (n x tokens), or a tile that is turned
-static_assert(BACKWARD_SCRATCH >= 3 * SQUARE && BACKWARD_SCRATCH >= TURNED, "");
+#define BACKWARD_SCRATCH 512  // floats a warp: a walk's, a tile or G that is turned
+static_assert(BACKWARD_SCRATCH >= 2 * SQUARE && 2 * ENTRIES >= SQUARE && BACKWARD_SCRATCH >= TURNED, "");
 #define BUFFERS (ELEMENT == 0 ? 1 : 2)  // 2: a tile's inputs are on their way while the one before is worked on; in float32 there is no space
 struct BackwardShared {
     struct {
@@ -85,14 +88,17 @@ struct BackwardShared {
         float B[CHUNK * STATE_PITCH], C[CHUNK * STATE_PITCH];
         float diagonal[CHUNK];
         unsigned inputs[BUFFERS][3][32 * WORDS];  // u, delta and dy of a tile
+        float sums[2][ENTRIES];                   // of dB and dC
     } of[WARPS];  // each warp's own; states and costates are joined by all threads
-    float carry[MOST_TILES][ENTRIES];
     float decays[ROWS][WARPS], scales[ROWS][WARPS];
-    float sums[MOST_TILES][3][WARPS][ROWS];
     Rows rows;
-    int index;
+    Ways ways;
+    int index[4];
+    struct {
+        float carry[ENTRIES], sums[3][WARPS][ROWS];
+    } tiles[1];  // as many as a block has
 };
-static_assert((sizeof(BackwardShared) + 15) / 16 * 16 == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
+static_assert(sizeof(BackwardShared) == BACKWARD_BYTES, "the launch must know how much shared memory to ask for");
 
 // Adds what another block has left of a warp's dB or dC, tokens column<2>(g, h), in a part (L, STATE): past the L1 cache.
 __device__ __forceinline__ void add_part(State& sum, const float* part, int tokens) {
@@ -132,24 +138,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     BackwardShared& shared = *(BackwardShared*)memory;
     int index = blockIdx.x;
     if (p.chain > 1) {  // blocks number themselves as they begin, so that one which waits for another knows that it runs
-        if (threadIdx.x == 0) shared.index = (int)atomicAdd((unsigned*)p.counters, 1u);
+        if (threadIdx.x == 0) shared.index[0] = (int)atomicAdd((unsigned*)p.counters, 1u);
         __syncthreads();
-        index = uniform(shared.index);
+        index = uniform(shared.index[0]);
     }
     Block block(p, index);
     int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
     load_rows(shared.rows, p, block);
-    begin_states(shared.carry, p, block, p.last_gradient, block.segment + 1);
-    for (int i = threadIdx.x; i < MOST_TILES * 3 * WARPS * ROWS; i += THREADS) (&shared.sums[0][0][0][0])[i] = 0.0f;
+    begin_states([&](int tile) { return shared.tiles[tile].carry; }, p, block, p.last_gradient, block.segment + 1);
+    for (int i = threadIdx.x; i < block.tiles * 3 * WARPS * ROWS; i += THREADS) (&shared.tiles[i / (3 * WARPS * ROWS)].sums[0][0][0])[i % (3 * WARPS * ROWS)] = 0.0f;
     int chained = block.tile % (int)p.chain;
     i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
     float* part = (float*)p.parts_out + part_index * 2 * STATE * p.length;
     unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks * WARPS + warp;
     int span = block.first + (block.last - 1 - block.first) / SPAN * SPAN, start = span + warp * CHUNK;
-    View view_u = VIEW(u, span), view_delta = VIEW(delta, span), view_z = VIEW(z, span), view_dy = VIEW(dy, span);
-    View view_du = VIEW(du, span), view_ddelta = VIEW(ddelta, span), view_dz = VIEW(dz, span);
+    VIEW(0, u, span, -SPAN);
+    VIEW(1, delta, span, -SPAN);
+    VIEW(2, dy, span, -SPAN);
+    VIEW(3, z, span, -SPAN);
+    VIEW(4, du, span, -SPAN);
+    VIEW(5, ddelta, span, -SPAN);
+    VIEW(6, dz, span, -SPAN);
     int buffer = 0;
     auto fetch = [&](int tile, int start) {
         view_u.fetch(own.inputs[buffer][0], block, tile, start), view_delta.fetch(own.inputs[buffer][1], block, tile, start);
@@ -157,16 +168,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     };
     auto fetch_next = [&](int tile) {
         bool done = tile + 1 == block.tiles;
-        view_u.advance(block, done, -SPAN), view_delta.advance(block, done, -SPAN), view_dy.advance(block, done, -SPAN);
+        const auto& ways = shared.ways.by[done];
+        view_u.advance(ways), view_delta.advance(ways), view_dy.advance(ways);
         buffer ^= BUFFERS - 1;
         if (!done || span > block.first) fetch(done ? 0 : tile + 1, done ? start - SPAN : start);
     };
     fetch(0, start);
     Matrix B = MATRIX(B), C = MATRIX(C);
-    B.load(p, span), C.load(p, span);
     __syncthreads();
     for (; span >= block.first; span -= SPAN, start -= SPAN) {
         {
+            B.load(p, span), C.load(p, span);  // no earlier: registers that waited for them would be spilled
             B.deal(own.B, block.stop - start), C.deal(own.C, block.stop - start);
             __syncwarp();
             Right<NT, 2> B_by_n = by_column<NT>(own.B, STATE_PITCH), C_by_n = by_column<NT>(own.C, STATE_PITCH);
@@ -186,10 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         const float* kept_states = block.slot(p, p.states, p.chunks, span / SPAN);
         __syncwarp();
         Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
-        State dB, dC;
+        State dB, dC;  // between tiles in shared memory
         G.clear(), dB.clear(), dC.clear();
+        for (int which = 0; which < 2; which++) dB.write(own.sums[which], STATE);
         for (int tile = 0; tile < block.tiles; tile++) {
-            bool done = tile + 1 == block.tiles;
+            const auto& ways = shared.ways.by[tile + 1 == block.tiles];
             float kept[OWN_ENTRIES];
 #pragma unroll
             for (int k = 0; k < OWN_ENTRIES; k++) {
@@ -202,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             own_u.read(inputs[0]), own_delta.read(inputs[1]), own_dy.read(inputs[2]);
             if (BUFFERS == 2) fetch_next(tile);
 #if GATED
-            own_z = view_z.load(block, tile, start), view_z.advance(block, done, -SPAN);
+            own_z = view_z.load(block, tile, start), view_z.advance(ways);
 #endif
             Tokens u, dout;
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
@@ -214,11 +227,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             in_factor.each([&](float& v, int h, int i) { v = ex2(-steps.q.v[h][i]), received.v[h][i] = exact_operand(dout.v[h][i] * v); });
             bool walks = __any_sync(~0u, resets != 0 || !steps.tame(sum_of(sent)) || !(fabsf(sum_of(received)) < 1e37f));
             float scale[2], whole[2];
+            volatile float aside[8];  // no registers for what few chunks need
 #pragma unroll
             for (int h = 0; h < 2; h++) scale[h] = whole[h] = ex2(-steps.total[h]);
             if (walks) {
                 Walk walk;
-                walk.run<true>(steps.s, steps.x, dout, own.M, resets, scratch, G);
+                __syncwarp();  // the tile before is read
+                walk.run<true>(steps.s, steps.x, dout, own.M, resets, scratch, own.states, G);  // and costates: both are free
+                walk.crossing.each([&](float& v, int h, int i) { aside[4 * h + i] = v; });
                 out_factor = walk.to_end, in_factor = walk.from_start;
                 sent.each([&](float& v, int h, int i) { v = together(resets, 4 * q + i, CHUNK - 1) ? exact_operand(steps.x.v[h][i] * out_factor.v[h][i]) : 0.0f; });
                 received.each([&](float& v, int h, int i) { v = together(resets, -1, 4 * q + i) ? exact_operand(dout.v[h][i] * in_factor.v[h][i]) : 0.0f; });
@@ -244,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             for (int k = 0; k < OWN_ENTRIES; k++) {
                 Entry entry(k);
                 if (!entry.exists) break;
-                float& carry = shared.carry[tile][entry.number];
+                float& carry = shared.tiles[tile].carry[entry.number];
                 join_chunks<false, true, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, shared.scales, entry.number, kept[k], nullptr);
                 carry = join_chunks<true, true, sizeof(shared.of[0]) / 4>(shared.of[0].costates, shared.decays, shared.scales, entry.number, carry, nullptr);
             }
@@ -252,14 +268,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             State before, after;  // the state before the chunk; the gradient of the state after it, times the scale
             before.read(own.states, STATE);
             after.read(own.costates, STATE);
+            float through[2] = {0.0f, 0.0f};  // what flows from the one to the other, then all across the chunk's end
+            before.each([&](float& v, int h, int i) { through[h] = fmaf(v, after.v[h][i], through[h]); });
             Tokens y, dx;
             y.clear(), dx.clear();
             multiply(y, before, by_column<NT>(own.C, STATE_PITCH));
             multiply(dx, after, by_column<NT>(own.B, STATE_PITCH));
             Tokens F;
             if (!walks) {
-                float through[2] = {0.0f, 0.0f};  // what flows across the chunk's end
-                before.each([&](float& v, int h, int i) { through[h] = fmaf(v, after.v[h][i], through[h]); });
                 sent.each([&](float& v, int h, int i) { through[h] = fmaf(v, dx.v[h][i], through[h]); });
                 multiply(y, sent, by_token<2>(own.M, MATRIX_PITCH));
                 multiply(dx, received, by_column<2>(own.M, MATRIX_PITCH));
@@ -278,7 +294,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             } else {
                 // y and dx hold what comes from and goes to states: cut off where a sequence begins between.
                 Tokens y_inside, dx_inside;
-                y_inside.read(scratch, CHUNK), dx_inside.read(scratch + SQUARE, CHUNK), F.read(scratch + 2 * SQUARE, CHUNK);
+                y_inside.read(scratch, CHUNK), dx_inside.read(scratch + SQUARE, CHUNK);
+                F.each([&](float& v, int h, int i) { v = aside[4 * h + i]; });
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float in[4], out[4], sum_in = 0.0f, sum_out = 0.0f;
@@ -292,10 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                         F.v[h][i] += sum_out;
                         sum_out += out[i];
                     }
-                    float carried = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < 2 * NT; i++) carried += resets ? 0.0f : whole[h] * before.v[h][i] * after.v[h][i];
-                    carried = add_over_quad(carried);
+                    float carried = add_over_quad(resets ? 0.0f : whole[h] * through[h]);
                     float neighbour = __shfl_xor_sync(~0u, sum_out, 1), others = __shfl_xor_sync(~0u, sum_out + neighbour, 2);
                     float earlier = (q & 1 ? neighbour : 0.0f) + (q & 2 ? others : 0.0f);
 #pragma unroll
@@ -311,8 +325,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             }
             {
                 Right<2, 2> sent_turned = turned(sent, scratch), received_turned = turned(received, scratch);
+                dB.read(own.sums[0], STATE);
                 multiply(dB, sent_turned, turned<NT>(own.costates));
+                dB.write(own.sums[0], STATE);
+                dC.read(own.sums[1], STATE);
                 multiply(dC, received_turned, turned<NT>(own.states));
+                dC.write(own.sums[1], STATE);
                 if (!walks) multiply(G, received_turned, sent_turned);
             }
 
@@ -323,8 +341,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             if (BUFFERS == 1) fetch_next(tile);
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
             load_gradient(dout, block, own_dy, own_z, start);
-            int valid = min(block.stop, block.last) - start - 4 * q;
-            if (min(block.stop, block.last) - start < CHUNK)
+            int valid = block.end - start - 4 * q;
+            if (block.end - start < CHUNK)
                 u.each([&](float& v, int h, int i) {
                     if (i >= valid) v = F.v[h][i] = 0.0f;
                 });
@@ -349,29 +367,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                     F.v[h][i] = dstep;
                 }
             }
-            if (min(block.stop, block.last) - start < CHUNK)
+            if (block.end - start < CHUNK)
                 F.each([&](float& v, int h, int i) {
                     if (i >= valid) v = dx.v[h][i] = y.v[h][i] = 0.0f;
                 });
             F.each([&](float& v, int h, int i) { sums[h][2] += v; });
-            view_du.store(dx, block, tile, start), view_du.advance(block, done, -SPAN);
-            view_ddelta.store(F, block, tile, start), view_ddelta.advance(block, done, -SPAN);
+            view_du.store(dx, block, tile, start), view_du.advance(ways);
+            view_ddelta.store(F, block, tile, start), view_ddelta.advance(ways);
 #if GATED
-            view_dz.store(y, block, tile, start), view_dz.advance(block, done, -SPAN);
+            view_dz.store(y, block, tile, start), view_dz.advance(ways);
 #endif
 #pragma unroll
             for (int which = 0; which < 3; which++) {  // lanes with odd q take the second channel
                 float sum = (q & 1 ? sums[1][which] : sums[0][which]) + __shfl_xor_sync(~0u, q & 1 ? sums[0][which] : sums[1][which], 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
-                if (q < 2) shared.sums[tile][which][warp][2 * g + q] += sum;
+                if (q < 2) shared.tiles[tile].sums[which][warp][2 * g + q] += sum;
             }
         }
 
-        if (span > block.first) B.load(p, span - SPAN), C.load(p, span - SPAN);
         // dC_t += sum_{s <= t} G_ts B_s, dB_s += sum_{t >= s} G_ts C_t.
         G.each([&](float& v, int h, int i) {
             v = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f;
         });
+        dB.read(own.sums[0], STATE), dC.read(own.sums[1], STATE);
         multiply(dC, G, by_token<NT>(own.B, STATE_PITCH));
         __syncwarp();
 #pragma unroll
@@ -398,14 +416,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             if (lane == 0) write_flag(flag, chained + 1);
         }
     }
-    if (block.segment == 0) end_states(shared.carry, p, block, p.dfirst);
+    if (block.segment == 0) end_states([&](int tile) { return shared.tiles[tile].carry; }, p, block, p.dfirst);
     __syncthreads();
     i64 at = ((i64)block.batch * p.segments + block.segment) * p.channels + block.channel;
     for (int i = threadIdx.x; i < 3 * block.rows; i += THREADS) {
         int which = i / block.rows, row = i % block.rows;
         i64 target = which == 0 ? p.dA : which == 1 ? p.dD : p.dbias;
         float sum = 0.0f;
-        for (int w = 0; w < WARPS; w++) sum += shared.sums[row / ROWS][which][w][row % ROWS];
+        for (int w = 0; w < WARPS; w++) sum += shared.tiles[row / ROWS].sums[which][w][row % ROWS];
         if (target) ((float*)target)[at + row] = sum;
     }
 }

@@ -19,8 +19,7 @@
 #define WORDS (ELEMENT == 0 ? 8 : 4)  // of a lane's eight elements
 #define PIECE (OWNER == CHANNEL_RUNS ? WORDS / 4 : WORDS / 2)  // words that lie side by side
 #define MATRIX_WORDS (ELEMENT == 0 ? 4 : 2)
-#define TURN_PITCH (STATE > 16 ? STATE : 16)
-#define TURNED (ROWS * TURN_PITCH + 16)
+#define TURNED (ROWS * CHUNK + 16)
 #define MATRIX_PITCH (CHUNK + 4)
 #define STATE_PITCH (STATE + 4)
 
@@ -143,34 +142,31 @@ __device__ __forceinline__ void multiply(Tile<T>& sum, const Right<K, 2>& a, con
                            a.v[k][0][1], a.v[k][1][1], b.v[k][j][0], b.v[k][j][1]);
 }
 
-// Turns a matrix of channels x columns so that channels are summed over: rows q, q + 4, q + 8, q + 12 of those in memory.
+// Turns a matrix of channels x tokens so that channels are summed over: rows q, q + 4, q + 8, q + 12 of those in memory.
 // Rows lie so that neither way two lanes meet in a bank.
-template <int T>
-__device__ __forceinline__ Right<2, T> turned(const Tile<T>& tile, float* scratch) {
-    constexpr int pitch = T > 2 ? 8 * T : 16;
+__device__ __forceinline__ Right<2, 2> turned(const Tokens& tile, float* scratch) {
     int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int i = 0; i < 2 * T; i += 2) {
+        for (int i = 0; i < 4; i += 2) {
             int row = g + 8 * h;
-            *(float2*)(scratch + row * pitch + row / 2 * 2 + 2 * T * q + i) = make_float2(tile.v[h][i], tile.v[h][i + 1]);
+            *(float2*)(scratch + row * CHUNK + row / 2 * 2 + 4 * q + i) = make_float2(tile.v[h][i], tile.v[h][i + 1]);
         }
     __syncwarp();
-    Right<2, T> right;
+    Right<2, 2> right;
 #pragma unroll
     for (int k = 0; k < 2; k++)
 #pragma unroll
-        for (int j = 0; j < T; j++)
+        for (int j = 0; j < 2; j++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 int row = 8 * k + 4 * c + q;
-                right.v[k][j][c] = scratch[row * pitch + row / 2 * 2 + column<T>(g, j)];
+                right.v[k][j][c] = scratch[row * CHUNK + row / 2 * 2 + column<2>(g, j)];
             }
     return right;
 }
-
 // The same of a matrix that lies in shared memory, row by row.
 template <int T>
 __device__ __forceinline__ Right<2, T> turned(const float* matrix) {
@@ -189,7 +185,7 @@ __device__ __forceinline__ Right<2, T> turned(const float* matrix) {
 struct Block {
     int batch, group, tile, segment, rows, tiles, first, last;
     i64 channel;
-    int stop;  // the sequence's length
+    int stop, end;  // the sequence's length, and the first token that this block has nothing to do with
     __device__ __forceinline__ Block(const Args& p, int index) {
         tile = index % (int)p.tiles, index /= (int)p.tiles;
         segment = index % (int)p.segments, index /= (int)p.segments;
@@ -201,6 +197,7 @@ struct Block {
         first = segment * (int)p.segment_tokens;
         last = min(first + (int)p.segment_tokens, (int)p.length);
         stop = p.lengths ? (int)((const i64*)p.lengths)[batch] : (int)p.length;
+        end = min(stop, last);
     }
     // Whether all lanes of a warp have eight elements, of a tile and the 16 tokens from `start` on.
     __device__ __forceinline__ bool whole(int tile, int start) const { return (tile + 1) * ROWS <= rows && start + CHUNK <= last; }
@@ -303,20 +300,28 @@ struct Eight {
     }
 };
 
-// A (b, d, L) array as a lane sees it: where its eight elements of the tile and span at hand lie.
+// From a tile to the next, and from a block's last tile to its first one of the next span, in bytes: of each array. The
+// launch sees to it that they are within 32 bits.
+struct Ways {
+    int by[2][8];
+};
+
+// A (b, d, L) array as a lane sees it: where its eight elements of the tile and span at hand lie. A block's arrays have numbers.
+template <int NUMBER>
 struct View {
     element* at;
     i64 row, token;
     bool runs;
-    __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block, int span)
+    __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block, Ways& ways, int span, int step)
         : row(row_stride), token(token_stride), runs(OWNER != SINGLE && runs_ != 0) {
         at = (element*)address + block.batch * batch_stride + (block.channel + threadIdx.x % 32 / 4 * 2) * row_stride +
              (span + (i64)(threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4)) * token_stride;
+        if (threadIdx.x == 0) {
+            ways.by[0][NUMBER] = (int)(ROWS * row) * (int)sizeof(element);
+            ways.by[1][NUMBER] = ((int)(step * token) - (block.tiles - 1) * (int)(ROWS * row)) * (int)sizeof(element);
+        }
     }
-    // On to the block's next tile; from its last one to the first one, `tokens` later.
-    __device__ __forceinline__ void advance(const Block& block, bool last, int tokens) {
-        at += last ? tokens * token - (block.tiles - 1) * (ROWS * row) : ROWS * row;
-    }
+    __device__ __forceinline__ void advance(const int (&ways)[8]) { at = (element*)((char*)at + ways[NUMBER]); }
     __device__ __forceinline__ Eight load(const Block& block, int tile, int start) const {
         Eight got;
         if (runs && block.whole(tile, start)) {
@@ -392,7 +397,8 @@ struct View {
         }
     }
 };
-#define VIEW(name, span) View(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block, span)
+#define VIEW(number, name, span, step) \
+    View<number> view_##name(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block, shared.ways, span, step)
 
 // B or C of a warp's 16 tokens: a lane's four tokens of n = column<NT>(g, j).
 struct Matrix {
