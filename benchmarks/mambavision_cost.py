@@ -312,8 +312,8 @@ class Report:
             return None
 
     def print(self) -> None:
-        print("model | parameters | GFLOPs | forward images/s | training images/s, against PyPI | memory MB")
-        best = max((1 / row["training_ms"] for name, row in self.rows.items() if PUBLIC in name), default=None)
+        print("model | parameters | GFLOPs | forward images/s | training images/s, against PyPI as it is | memory MB")
+        best = 1 / self.rows[PUBLIC]["training_ms"] if "training_ms" in self.rows.get(PUBLIC, {}) else None
         for name, row in self.rows.items():
             forward, training = (row.get(f"{kind}_ms") for kind in ("forward", "training"))
             cells = [
@@ -379,25 +379,31 @@ def main(arguments: list[str] | None = None) -> int:
         report.add()
         report.print()
 
+    def replay() -> None:
+        """Rows of training steps from graphs, for those models that have none yet."""
+        for name, (model, of) in called.items():
+            replayed = f"{name}{REPLAYED}"
+            if name in steps and replayed not in steps:
+                step = Step(model, images, labels, capturable=True)
+                graph = report.attempt(replayed, lambda step=step: captured(step.launch, pool))
+                if graph is not None:
+                    steps[replayed] = graph
+                    rows[replayed] = {key: rows[of][key] for key in ("parameters", "gflops")}
+        measure("training", steps)
+
+    pool = torch.cuda.graph_pool_handle() if options.graphs and device.type == "cuda" else None
     for name in found:
         report.attempt(name, lambda name=name: enter(name))
     measure("training", steps)
-    if options.compile:
-        for of in (BASELINE, OURS):
-            name = f"{of}{COMPILED}"
-            called[name] = torch.compile(copy.deepcopy(found[of])), of
-            report.attempt(name, lambda name=name: enter(name))
+    if pool is not None:
+        replay()
+    for of in (BASELINE, OURS) if options.compile else ():
+        name = f"{of}{COMPILED}"
+        called[name] = torch.compile(copy.deepcopy(found[of])), of
+        report.attempt(name, lambda name=name: enter(name))
         measure("training", steps)
-    if options.graphs and device.type == "cuda":
-        pool = torch.cuda.graph_pool_handle()
-        for name, (model, of) in called.items():
-            if name in steps and of != DENSE:
-                step = Step(model, images, labels, capturable=True)
-                graph = report.attempt(f"{name}{REPLAYED}", lambda step=step: captured(step.launch, pool))
-                if graph is not None:
-                    steps[f"{name}{REPLAYED}"] = graph
-                    rows[f"{name}{REPLAYED}"] = {key: rows[of][key] for key in ("parameters", "gflops")}
-        measure("training", steps)
+        if pool is not None:
+            replay()
 
     for model, _ in called.values():
         model.eval()  # type: ignore[attr-defined]
@@ -423,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
         for model, _ in called.values():
             model.train()  # type: ignore[attr-defined]
         for name in steps:
-            if name.startswith((BASELINE, PUBLIC)) and not name.endswith(REPLAYED):
+            if not name.startswith(DENSE) and not name.endswith(REPLAYED):
                 rows[name]["profile"] = report.attempt(f"{name}, profile", lambda name=name: profiled(steps[name]))
                 report.add()
     wrong = (checks or {"wrong": []})["wrong"]
