@@ -72,6 +72,7 @@ PUBLIC: dict[str, list[str]] = {
     "tokendyn.jax": [
         *OPERATION_NAMES,
         *("token_order", "models", "OrderConfig", "TokenOrdering"),
+        *("Causality", "Leak", "causality", "expect_causal"),
         *("load_state_dict", "load_weights", "save_weights", "state_dict"),
         *("Mamba", "MambaLM", "MambaVision", "S6", "TokenReorder", "mamba_lm_130m", "mambavision_t"),
     ],

@@ -14,6 +14,7 @@ from tokendyn._dispatch import backend, use
 
 if TYPE_CHECKING:
     from tokendyn import core, errors, jax, torch
+    from tokendyn._causality import causality, expect_causal
     from tokendyn._citation import citation
     from tokendyn._dynamics import classify, classify_sphere, simulate, simulate_sphere
     from tokendyn._inputs import random_inputs
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
         MambaVision,
         TokenReorder,
         TransformerLM,
-        causality,
-        expect_causal,
         mamba_lm_130m,
         mambavision_t,
     )
@@ -97,7 +96,7 @@ _LAZY = {
     "citation": "tokendyn._citation",
     "random_inputs": "tokendyn._inputs",
     "refine": "tokendyn.diagnose._refine",
-    **dict.fromkeys(("causality", "expect_causal"), "tokendyn.torch"),
+    **dict.fromkeys(("causality", "expect_causal"), "tokendyn._causality"),
     **dict.fromkeys(("classify", "classify_sphere", "simulate", "simulate_sphere"), "tokendyn._dynamics"),
 }
 _MODULES = ("core", "diagnose", "errors", "jax", "torch")

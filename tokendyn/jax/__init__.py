@@ -13,7 +13,9 @@ from tokendyn._dispatch import bind as _bind
 from tokendyn._dispatch import load_backend as _load_backend
 
 if TYPE_CHECKING:
+    from tokendyn._causality import Causality, Leak
     from tokendyn._layers import OrderConfig
+    from tokendyn.backends.jax._causality import causality, expect_causal
     from tokendyn.backends.jax._weights import load_state_dict, load_weights, save_weights, state_dict
     from tokendyn.backends.jax.layers import S6, Mamba, TokenOrdering, TokenReorder
     from tokendyn.backends.jax.models import MambaLM, MambaVision, mamba_lm_130m, mambavision_t
@@ -42,6 +44,8 @@ token_order = _bind(_ops.token_order, "jax")
 
 __all__ = [
     "S6",
+    "Causality",
+    "Leak",
     "Mamba",
     "MambaLM",
     "MambaVision",
@@ -50,7 +54,9 @@ __all__ = [
     "TokenReorder",
     "attention_flow",
     "autoregressive_flow",
+    "causality",
     "effective_tokens",
+    "expect_causal",
     "flow_rhs",
     "hard_order",
     "hidden_attention",
@@ -76,6 +82,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    **dict.fromkeys(("Causality", "Leak"), "tokendyn._causality"),
+    **dict.fromkeys(("causality", "expect_causal"), "tokendyn.backends.jax._causality"),
     "OrderConfig": "tokendyn._layers",
     **dict.fromkeys(
         ("load_state_dict", "load_weights", "save_weights", "state_dict"), "tokendyn.backends.jax._weights"

@@ -9,8 +9,9 @@ from tokendyn._dispatch import load_backend as _load_backend
 _load_backend("torch")
 
 # After the check that torch can be imported, which has the clearer message.
+from tokendyn._causality import Causality, Leak  # noqa: E402
 from tokendyn._layers import OrderConfig  # noqa: E402
-from tokendyn.backends.torch._causality import Causality, Leak, causality, expect_causal  # noqa: E402
+from tokendyn.backends.torch._causality import causality, expect_causal  # noqa: E402
 from tokendyn.backends.torch.layers import (  # noqa: E402
     H3,
     S6,

@@ -4,77 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
+from tokendyn._causality import (
+    Causality,
+    Leak,
+    declares_causal,
+    expect_declared_causal,
+    expect_no_leak,
+    perturbed_places,
+)
 from tokendyn._dispatch import describe
-from tokendyn.errors import CausalityError, DTypeError, NonFiniteError, OptionError, ShapeError
-
-#: Up to this length every token is perturbed.
-_EVERY = 160
-
-
-@dataclass(frozen=True)
-class Leak:
-    """Token ``token`` is seen by an output that should not see it.
-
-    Attributes:
-        mode: ``"train"`` or ``"eval"``.
-        kind: ``"value"``, the output changed with the token; ``"gradient"``, its derivative is not 0.
-        token: the place perturbed, from 0.
-        output: the first place that saw it: before ``token``, or in another packed sequence. None for a gradient, which
-            is taken of all such places together.
-        size: the largest change, or derivative.
-    """
-
-    mode: str
-    kind: Literal["value", "gradient"]
-    token: int
-    output: int | None
-    size: float
-
-
-@dataclass(frozen=True)
-class Causality:
-    """What :func:`causality` found.
-
-    Attributes:
-        leaks: every token that was seen too early, one entry a mode and kind; none for a causal model.
-        length: tokens of the sequence.
-        tokens: the places perturbed.
-        comparisons: how many pairs of outputs, and gradients, were compared.
-        declared: False if the model says of itself ``causal = False``, else True.
-    """
-
-    leaks: tuple[Leak, ...]
-    length: int
-    tokens: tuple[int, ...]
-    comparisons: int
-    declared: bool
-
-    @property
-    def causal(self) -> bool:
-        """No leak was found."""
-        return not self.leaks
-
-    def explain(self) -> str:
-        """One or two sentences in words."""
-        done = f"{self.comparisons} comparisons over {self.length} tokens, {len(self.tokens)} of them perturbed"
-        if self.causal:
-            return f"No output saw a later token ({done}, float64, equal to the last bit)."
-        first = max(self.leaks, key=lambda leak: leak.size)
-        token = f"the token at index {first.token}"
-        if first.kind == "value":
-            what = f"the output at index {first.output} changes by {first.size:.3g} with {token}"
-        else:
-            what = f"outputs that must not see {token} have a derivative of {first.size:.3g} by it"
-        return (
-            f"The model reads the future: in {first.mode} mode {what}, and {len(self.leaks) - 1} more leaks ({done})."
-        )
+from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
 
 def causality(
@@ -124,13 +69,11 @@ def causality(
     check.expect_size("causality", "length", length)
     for mode in modes:
         check.expect_choice("causality", "modes", mode, ("train", "eval"))
-    declared = getattr(model, "causal", True) is not False
+    declared = declares_causal(model)
     model = copy.deepcopy(model).double()
     draw = torch.Generator().manual_seed(seed)
     tokens = _start(model, length, tokens, draw)
-    places = sorted(set(_places(length) if perturbed is None else perturbed))
-    if not places or places[0] < 0 or places[-1] >= length:
-        raise OptionError(f"causality: perturbed is {places}, expected places from 0 to {length - 1}")
+    places = perturbed_places(length, perturbed)
     changes = {t: _changed(model, tokens, t, draw) for t in places}
     hidden = {t: _hidden(length, t, seq_idx) for t in places}
 
@@ -171,14 +114,9 @@ def expect_causal(model: nn.Module, length: int, **options: Any) -> Causality:
     Cost:
         As :func:`causality`.
     """
-    if getattr(model, "causal", True) is False:
-        raise CausalityError(
-            f"{type(model).__name__} declares causal = False: its outputs see later tokens; do not train it to predict "
-            f"the next token"
-        )
+    expect_declared_causal(model)
     found = causality(model, length, **options)
-    if not found.causal:
-        raise CausalityError(f"{type(model).__name__}: {found.explain()}")
+    expect_no_leak(model, found)
     return found
 
 
@@ -248,13 +186,6 @@ def _hidden(length: int, t: int, seq_idx: Tensor | None) -> Tensor:
         raise ShapeError(f"causality: seq_idx has shape {tuple(seq_idx.shape)}, expected equal rows of length {length}")
     starts = torch.cat([torch.zeros(1, dtype=torch.long), (row[1:] != row[:-1]).long()]).cumsum(0)
     return earlier | (starts != starts[t])
-
-
-def _places(length: int) -> Iterable[int]:
-    if length <= _EVERY:
-        return range(length)
-    near = (k + shift for k in range(16, length, 16) for shift in (-1, 0, 1))
-    return [0, length - 1, *(t for t in near if t < length)]
 
 
 def _start(model: nn.Module, length: int, tokens: Tensor | None, draw: torch.Generator) -> Tensor:

@@ -102,17 +102,21 @@ class Mamba(S6):
         expect_tokens("Mamba", hidden_states, self.d_model)
         x, z = jnp.split(self.in_proj(hidden_states), 2, axis=-1)
         x = self._convolve(jnp.pad(x, ((0, 0), ((self.d_conv or 1) - 1, 0), (0, 0))))
+        return self.out_proj(self.mix(x, z))
+
+    def mix(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        """Scan of the convolved tokens x (b, L, d_inner) in the layer's order, gated by z (b, L, d_inner)."""
         order = self.token_order(x)
         if order is None or self.order is None:
-            return self.out_proj(self.scan(x, z))
+            return self.scan(x, z)
         x = order.apply(x)
         if self.order.config.restore:
-            return self.out_proj(order.restore(self.scan(x)) * jax.nn.silu(z))
+            return order.restore(self.scan(x)) * jax.nn.silu(z)
         if self.order.config.reorder_gate:
             z = order.apply(z)
-        return self.out_proj(self.scan(x, z))
+        return self.scan(x, z)
 
-    def allocate_inference_cache(self, batch_size: int, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
+    def allocate_inference_cache(self, batch_size: int, dtype: Any = None) -> tuple[jax.Array, ...]:
         """Empty states for decoding: (b, d_inner, d_conv) of the convolution and (b, d_inner, N) of the scan.
 
         b is ``batch_size``. In ``dtype``, by default that of the computation; the scan's state in float32 at least.
@@ -133,29 +137,21 @@ class Mamba(S6):
             (b, L, d_model), and the two states after them.
         """
         x, z, conv_state = self._advance(hidden_states, conv_state)
-        y, state = self.scan(x, z, initial_state=ssm_state.astype(_exact(x)), return_last_state=True)
+        y, state = self.scan(x, z, initial_state=ssm_state.astype(exact_dtype(x)), return_last_state=True)
         return self.out_proj(y), conv_state, state.astype(ssm_state.dtype)
 
     def step(
         self, hidden_states: jax.Array, conv_state: jax.Array, ssm_state: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One token: ``hidden_states`` (b, 1, d_model), ``conv_state`` and ``ssm_state`` → the same after it."""
-        if hidden_states.shape[1] != 1:
-            raise ShapeError(
-                f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected one token (b, 1, D); "
-                f"call prefill for several"
-            )
+        expect_one_token(hidden_states)
         x, z, conv_state = self._advance(hidden_states, conv_state)
-        y, state = self.update(ssm_state.astype(_exact(x)), x[:, 0], z[:, 0])
+        y, state = self.update(ssm_state.astype(exact_dtype(x)), x[:, 0], z[:, 0])
         return self.out_proj(y[:, None]), conv_state, state.astype(ssm_state.dtype)
 
     def _advance(self, hidden_states: jax.Array, conv_state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Convolved tokens, gate, and the last d_conv tokens before the convolution."""
-        if self.order is not None:
-            raise OptionError(
-                "Mamba: a block with order= was asked to continue from states; an order needs the whole sequence and "
-                "cannot be decoded token by token, call the block on all of it"
-            )
+        self._expect_decodable()
         expect_tokens("Mamba", hidden_states, self.d_model)
         x, z = jnp.split(self.in_proj(hidden_states), 2, axis=-1)
         if self.d_conv is None:
@@ -167,7 +163,23 @@ class Mamba(S6):
         """Tokens behind the d_conv - 1 before them → tokens, each mixed with those before it."""
         return jax.nn.silu(x if self.conv1d is None else self.conv1d(x))
 
+    def _expect_decodable(self) -> None:
+        if self.order is not None:
+            raise OptionError(
+                "Mamba: a block with order= was asked to continue from states; an order needs the whole sequence and "
+                "cannot be decoded token by token, call the block on all of it"
+            )
 
-def _exact(x: jax.Array) -> Any:
+
+def expect_one_token(hidden_states: jax.Array) -> None:
+    """``hidden_states`` is (b, 1, D)."""
+    if hidden_states.shape[1] != 1:
+        raise ShapeError(
+            f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected one token (b, 1, D); "
+            f"call prefill for several"
+        )
+
+
+def exact_dtype(x: jax.Array) -> Any:
     """The dtype of the scan's state beside activations x."""
     return jnp.promote_types(x.dtype, jnp.float32)

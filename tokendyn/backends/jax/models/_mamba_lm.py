@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +15,14 @@ from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
 from tokendyn.backends.jax.layers import Mamba
 from tokendyn.backends.jax.layers._affine import Linear
+from tokendyn.backends.jax.layers._chunk_order import ChunkOrderMamba
+from tokendyn.backends.jax.layers._group_order import GroupOrderMamba
+from tokendyn.backends.jax.layers._window_order import WindowOrderMamba
 from tokendyn.backends.jax.models._norms import Dropout, LayerNorm, RMSNorm
 from tokendyn.errors import OptionError, ShapeError
 
-#: Of each block, the states of its convolution and of its scan.
-Cache = tuple[tuple[jax.Array, jax.Array], ...]
+#: Of each block, the states of its convolution and of its scan; a block with an order of chunks has more.
+Cache = tuple[tuple[jax.Array, ...], ...]
 
 
 class Embedding(nnx.Module):
@@ -44,12 +48,12 @@ class Block(nnx.Module):
         return x + self.dropout(self.mixer(self._normed(x)))
 
     def advance(
-        self, x: jax.Array, states: tuple[jax.Array, jax.Array], *, prompt: bool
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        self, x: jax.Array, states: tuple[jax.Array, ...], *, prompt: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """A prompt (b, L, D) or the next token (b, 1, D) of every sequence, and the states after it."""
         call = self.mixer.prefill if prompt else self.mixer.step
         y, *states_after = call(self._normed(x), *states)
-        return x + y, (states_after[0], states_after[1])
+        return x + y, tuple(states_after)
 
     def _normed(self, x: jax.Array) -> jax.Array:
         return (x if self.norm is None else self.norm(x)).astype(self.dtype)  # type: ignore[operator]
@@ -81,8 +85,14 @@ class MambaLM(nnx.Module):
         pad_vocab_size_multiple: round the embedding's rows up to a multiple of it.
         dropout, head_dropout: of every branch; once, before the head.
         share_layers: one block's weights for all ``n_layer`` of them (paper 1, Table 10).
-        order: every mixer puts all tokens of the sequence into this order, as of :class:`~tokendyn.jax.Mamba`; earlier
-            outputs then see later tokens, and the model has the attribute ``causal = False`` and does not decode.
+        order: the order of every mixer, an :class:`~tokendyn.OrderConfig`, ``"published"`` or a method's name; None for
+            tokens as they come.
+        order_scope: what is ordered. ``"sequence"``: all tokens of the sequence, as of :class:`~tokendyn.jax.Mamba`;
+            earlier outputs then see later tokens, and the model has the attribute ``causal = False`` and does not
+            decode. The others are causal. ``"chunks"``: each chunk of ``order_chunk`` tokens, after it was read, for
+            the memory of it. ``"groups"``: in each token ``order_groups`` groups of channels, before the scan.
+            ``"window"``: at each token it and the d_conv - 1 before it, in the convolution.
+        order_chunk, order_groups: see ``order_scope``.
         remat: remake the activations inside a block in the reverse pass instead of keeping them.
         dtype: in which mixers and head compute; None: that of the parameters.
         param_dtype, rngs: see :class:`~tokendyn.jax.S6`; dropout draws from the stream ``dropout``.
@@ -121,6 +131,9 @@ class MambaLM(nnx.Module):
         head_dropout: float = 0.0,
         share_layers: bool = False,
         order: OrderConfig | str | None = None,
+        order_scope: str = "sequence",
+        order_chunk: int = 64,
+        order_groups: int = 8,
         remat: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -131,29 +144,34 @@ class MambaLM(nnx.Module):
             ("d_model", d_model),
             ("n_layer", n_layer),
             ("pad_vocab_size_multiple", pad_vocab_size_multiple),
+            ("order_chunk", order_chunk),
+            ("order_groups", order_groups),
         ):
             check.expect_size("MambaLM", name, size)
         check.expect_choice("MambaLM", "norm", norm, ("rms", "layer", "none"))
+        check.expect_choice("MambaLM", "order_scope", order_scope, ("sequence", "chunks", "groups", "window"))
         for name, rate in (("dropout", dropout), ("head_dropout", head_dropout)):
             if not 0 <= rate < 1:
                 raise OptionError(f"MambaLM: {name} is {rate!r}, expected 0 <= rate < 1")
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.vocab_size, self.n_layer = vocab_size, n_layer
         self.residual_in_fp32, self.remat = residual_in_fp32, remat
-        self.causal = order is None
+        self.causal = order is None or order_scope != "sequence"
         self.dtype = dtype or param_dtype
 
         def make_norm() -> nnx.Module | None:
             kinds = {"rms": RMSNorm, "layer": LayerNorm}
             return kinds[norm](d_model, norm_eps, param_dtype=param_dtype) if norm in kinds else None
 
+        make_mixer = Mamba if order is None else _ordered_mixer(order_scope, order_chunk, order_groups)
+
         def make_block() -> Block:
-            mixer = Mamba(
+            mixer = make_mixer(
                 d_model,
-                d_state,
-                d_conv,
-                expand,
-                dt_rank,
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                dt_rank=dt_rank,
                 conv_bias=conv_bias,
                 bias=bias,
                 scalar_A=scalar_A,
@@ -308,6 +326,15 @@ class MambaLM(nnx.Module):
                 f"MambaLM: tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected ids (b, L) of an "
                 f"integer dtype"
             )
+
+
+def _ordered_mixer(scope: str, chunk: int, groups: int) -> Callable[..., Mamba]:
+    """The mixer that orders what ``scope`` names."""
+    if scope == "chunks":
+        return functools.partial(ChunkOrderMamba, chunk=chunk)
+    if scope == "groups":
+        return functools.partial(GroupOrderMamba, groups=groups)
+    return WindowOrderMamba if scope == "window" else Mamba
 
 
 def _restart(mixer: Mamba, branches: int) -> None:

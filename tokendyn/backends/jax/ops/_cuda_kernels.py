@@ -30,7 +30,7 @@ def processors() -> int:
 
 
 def _ordinal() -> int:
-    return check(driver.cuDeviceGet(jax.local_devices()[0].local_hardware_id), "finding the GPU")
+    return int(check(driver.cuDeviceGet(jax.local_devices()[0].local_hardware_id), "finding the GPU"))
 
 
 @functools.cache
