@@ -135,16 +135,16 @@ template <int WORDS>
 static void copy(unsigned* to, const void* from) { memcpy(to, from, 4 * WORDS); }
 static void write_flag(unsigned* p, unsigned value) { *p = value; }
 
+static unsigned short to_bfloat16(float x) {
+    unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 #if ELEMENT == 2
 static float narrowed_bits_to_float(unsigned bits) { unsigned short b = bits; _Float16 x; memcpy(&x, &b, 2); return x; }
 static unsigned narrow(float value) { _Float16 x = value; unsigned short b; memcpy(&b, &x, 2); return b; }
 #else
 static float narrowed_bits_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
-static unsigned narrow(float x) {
-    unsigned bits = __float_as_uint(x);
-    if (x != x) return 0x7fc0;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+static unsigned narrow(float x) { return to_bfloat16(x); }
 #endif
 
 static unsigned narrow_pair(float first, float second) { return narrow(first) | narrow(second) << 16; }

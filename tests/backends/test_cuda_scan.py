@@ -73,7 +73,17 @@ def _engine(monkeypatch):
 def _in_segments(monkeypatch):
     """Sequences are cut, and blocks of channels add dB and dC to one copy in turn."""
     monkeypatch.setattr(_scan_cuda_layout, "BLOCKS_A_PROCESSOR", {"general": 1000, "scalar": 1000})
-    monkeypatch.setattr(_scan_cuda_layout, "PARTS", 1)
+    monkeypatch.setattr(_scan_cuda_layout, "PARTS", {"general": 1, "scalar": 1})
+
+
+@pytest.fixture
+def _few_states(monkeypatch):
+    """States are kept before every second chunk, as they are in long sequences before every fourth."""
+    monkeypatch.setattr(_scan_cuda_layout, "KEPT", 2)
+    monkeypatch.setattr(_scan_cuda_layout, "KEPT_FROM", 1)
+    _scan_cuda_layout.layout.cache_clear()
+    yield
+    _scan_cuda_layout.layout.cache_clear()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -83,7 +93,7 @@ def test_kernels_agree_with_the_spec(name, dtype):
     check(_scan_cuda.run, arguments(name, **options), getattr(torch, dtype), options.get("last", False))
 
 
-@pytest.mark.usefixtures("poisoned", "_in_segments")
+@pytest.mark.usefixtures("poisoned", "_in_segments", "_few_states")
 @pytest.mark.parametrize("name", ["four lanes", "two lanes, packed and padded", "scalar A, odd rows", "scalar A, wide"])
 def test_sequences_in_segments_agree_with_the_spec(name):
     check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
@@ -141,7 +151,8 @@ FAULTS = {
         "two lanes, packed and padded",
     ),
     "one warp's channels not added": ("warp < WARPS; warp++", "warp < WARPS - 1; warp++", "four lanes"),
-    "a state kept too late": ("start % CHUNK == 0", "start % CHUNK == HALF", "four lanes"),
+    "a state kept too late": ("start % BETWEEN == 0", "start % BETWEEN == HALF", "four lanes"),
+    "half a chunk passed over": ("t < CHUNK; t += 4) step_on", "t < HALF; t += 4) step_on", "four lanes"),
     "scalar A: nothing crosses a chunk's end": (
         "add_over_quad(through[h]) +",
         "0.0f +",
@@ -167,6 +178,7 @@ FAULTS = {
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="faults are planted in what the CPU runs")
+@pytest.mark.usefixtures("_few_states")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, monkeypatch):
     good, bad, name = FAULTS[fault]

@@ -6,16 +6,17 @@
 // channels. Where b and d do not fill the GPU, sequences are cut into segments that run side by side: `segment_ends`
 // runs each from a zero state, `join_segments` passes the states on, and then `outputs` starts every segment from its
 // true state (`segment_coends`, `join_segments`, `gradients` backward). The backward pass recomputes states from those
-// kept every CHUNK tokens. Nothing is added atomically: the same input gives the same bits.
+// kept every KEPT chunks. Nothing is added atomically: the same input gives the same bits.
 //
-// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, and OWNER, how the elements of a stage are dealt to
+// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, and OWNER, how the elements of a stage are dealt to
 // threads for loading: eight side by side along tokens, along channels, or SINGLE ones.
 
 #define WARPS 4
 #define ROWS (THREADS / QUADS)
 #define STATE_PITCH (STATE + 4)
 #define HALF (8 * QUADS)   // tokens of which every thread owns eight
-#define CHUNK (2 * HALF)   // between two states that are kept
+#define CHUNK (2 * HALF)   // of which a block works on all gradients at a time
+#define BETWEEN (KEPT * CHUNK)  // two states that are kept
 #define TILE 8
 #define SHIFT (2 * QUADS < 4 ? 4 : 2 * QUADS)
 #define GROUPS (8 / QUADS)  // of four channels a warp
@@ -383,8 +384,8 @@ __device__ __forceinline__ void forward(const Args& p) {
     matrices.load(p, block, block.first);
     __syncthreads();
     for (int start = block.first; start < block.last; start += HALF) {
-        if (OUTPUTS && p.keep && start % CHUNK == 0)
-            store_state((float*)p.states + lane.slot(p, block, p.chunks, start / CHUNK), h, lane);
+        if (OUTPUTS && p.keep && start % BETWEEN == 0)
+            store_state((float*)p.states + lane.slot(p, block, p.chunks, start / BETWEEN), h, lane);
         deal_inflow<HALF>(s.steps, s.inflow, s.rows, p, block, own_u, own_delta, start, 0);
         matrices.deal(s.B, s.C, block, start);
         load_resets(s.resets, p, block, start, HALF);
@@ -558,6 +559,49 @@ __device__ __forceinline__ void add_to_part(const float4* starts, const Args& p,
         if (to[i]) *to[i] = before[i] + sums[i];
 }
 
+// The state after four more tokens of a chunk.
+__device__ __forceinline__ void step_on(float (&h)[4], const BackwardShared& s, const Lane& lane, const float (&A)[4], int t) {
+    float step[4], inflow[4];
+    four<CHUNK>(step, s.steps, lane, t);
+    four<CHUNK>(inflow, s.inflow, lane, t);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        float B[4];
+        four_n(B, s.B, lane, t + k);
+#if PACKED
+        if (s.resets[t + k]) h[0] = h[1] = h[2] = h[3] = 0.0f;
+#endif
+#pragma unroll
+        for (int j = 0; j < 4; j++) h[j] = fmaf(ex2(step[k] * A[j]), h[j], inflow[k] * B[j]);
+    }
+}
+
+// The states before chunks `first`, which is kept, to `last`.
+__device__ __forceinline__ void states_behind(float4* starts, BackwardShared& s, const Args& p, const Block& block, const Lane& lane,
+                                              const float (&A)[4], int first, int last) {
+    float h[4];
+    load_state(h, (const float*)p.states + lane.slot(p, block, p.chunks, first / KEPT), lane);
+    View u = VIEW(u), delta = VIEW(delta);
+    for (int chunk = first; chunk <= last; chunk++) {
+        starts[chunk - first] = make_float4(h[0], h[1], h[2], h[3]);
+        if (chunk == last) return;
+        int begin = chunk * CHUNK;
+        Matrices<CHUNK, true, false> matrix;
+        matrix.load(p, block, begin);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int start = begin + half * HALF;
+            Eight own_u = u.load(start, block.rows, block.last), own_delta = delta.load(start, block.rows, block.last);
+            deal_inflow<CHUNK>(s.steps, s.inflow, s.rows, p, block, own_u, own_delta, begin, half);
+        }
+        matrix.deal(s.B, nullptr, block, begin);
+        load_resets(s.resets, p, block, begin, CHUNK);
+        __syncthreads();
+        for (int t = 0; t < CHUNK; t += 4) step_on(h, s, lane, A, t);
+        __syncthreads();
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_constant__ Args p) {
     extern __shared__ float4 memory[];
     BackwardShared& s = *(BackwardShared*)memory;
@@ -582,17 +626,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
     int chained = block.tile % (int)p.chain;
     i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
     float* part = (float*)p.parts_out + part_index * 2 * p.state * p.length;
-    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks;
+    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks * KEPT;
     float selects[TILE];  // 1 where the lane's column is the token's number
 #pragma unroll
     for (int k = 0; k < TILE; k++) selects[k] = threadIdx.x % 32 / 4 == k ? 1.0f : 0.0f;
     __syncthreads();
 
+#if KEPT > 1
+    float4 starts[KEPT];  // of the chunks behind a kept state; in local memory, being rarely used
+#endif
     for (int chunk = (block.last - 1) / CHUNK; chunk >= block.first / CHUNK; chunk--) {
         int begin = chunk * CHUNK;
         float h[4];
+#if KEPT > 1
+        if (chunk % KEPT == KEPT - 1 || chunk == (block.last - 1) / CHUNK)
+            states_behind(starts, s, p, block, lane, A, chunk / KEPT * KEPT, chunk);
+        float4 start = starts[chunk % KEPT];
+        h[0] = start.x, h[1] = start.y, h[2] = start.z, h[3] = start.w;
+#else
+        load_state(h, (const float*)p.states + lane.slot(p, block, p.chunks, chunk), lane);
+#endif
         {
-            load_state(h, (const float*)p.states + lane.slot(p, block, p.chunks, chunk), lane);
             View u = VIEW(u), delta = VIEW(delta), z = VIEW(z), dy = VIEW(dy);
             Eight own_u[2], own_delta[2], own_dy[2], own_z[2];
             Matrices<CHUNK, true, true> matrices;
@@ -618,19 +672,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
 
         for (int t = 0; t < CHUNK; t += 4) {
             if (t % TILE == 0) s.starts[t / TILE * THREADS + threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
-            float step[4], inflow[4];
-            four<CHUNK>(step, s.steps, lane, t);
-            four<CHUNK>(inflow, s.inflow, lane, t);
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                float B[4];
-                four_n(B, s.B, lane, t + k);
-#if PACKED
-                if (s.resets[t + k]) h[0] = h[1] = h[2] = h[3] = 0.0f;
-#endif
-#pragma unroll
-                for (int j = 0; j < 4; j++) h[j] = fmaf(ex2(step[k] * A[j]), h[j], inflow[k] * B[j]);
-            }
+            step_on(h, s, lane, A, t);
         }
 
         for (int t = CHUNK - TILE; t >= 0; t -= TILE) {

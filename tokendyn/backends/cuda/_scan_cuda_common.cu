@@ -15,6 +15,11 @@ __device__ __forceinline__ unsigned narrow_pair(float first, float second) {
 #endif
     return y;
 }
+__device__ __forceinline__ unsigned short to_bfloat16(float x) {
+    unsigned short y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

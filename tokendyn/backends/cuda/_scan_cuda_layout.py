@@ -30,7 +30,9 @@ STATE = 32
 #: Blocks of 128 threads that keep a multiprocessor busy: sequences are cut until there are so many.
 BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
 #: Copies of dB and dC that blocks of channels add to, one after the other, for memory's sake.
-PARTS = 4
+PARTS = {"general": 2, "scalar": 4}
+#: Chunks between two states that the general kernels keep, in sequences of some length: for memory's sake too.
+KEPT, KEPT_FROM = 4, 1024
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
 _SEGMENTED = 1.6
@@ -60,19 +62,21 @@ class Layout:
     token_run: int
     channel_run: int
 
-    def options(self, element: int, gated: bool, packed: bool, owner: int) -> tuple[str, ...]:
-        """The compiler's options of a variant."""
+    def options(self, element: int, gated: bool, packed: bool, owner: int, narrow: bool = False) -> tuple[str, ...]:
+        """The compiler's options of a variant. With ``narrow`` the scalar kernels keep states in bfloat16."""
         chosen = {"ELEMENT": element, "THREADS": self.threads, "STATE": self.padded, "GATED": int(gated)}
         chosen |= {"PACKED": int(packed), "OWNER": owner}
         chosen["FORWARD_BYTES"], chosen["BACKWARD_BYTES"] = self.shared_bytes(gated, 1)
-        if self.kernels == "general":
-            chosen["QUADS"] = self.padded // 4
+        if self.kernels == "scalar":
+            chosen["NARROW"] = int(narrow)
+        else:
+            chosen |= {"QUADS": self.padded // 4, "KEPT": self.kept}
         return tuple(f"-D{name}={value}" for name, value in chosen.items())
 
     @property
     def chain(self) -> int:
         """Blocks along the channels that add to one copy of dB and dC, one after the other."""
-        return -(-self.tiles // PARTS)
+        return -(-self.tiles // PARTS[self.kernels])
 
     @property
     def parts(self) -> int:
@@ -81,7 +85,14 @@ class Layout:
 
     def counters(self, sequences: int) -> int:
         """Integers, 0 at first, by which blocks of a chain know whose turn it is."""
-        return 1 + sequences * self.parts * self.chunks * (self.threads // 32 if self.kernels == "scalar" else 1)
+        return 1 + sequences * self.parts * self.chunks * (
+            self.threads // 32 if self.kernels == "scalar" else self.kept
+        )
+
+    @property
+    def kept(self) -> int:
+        """Chunks of the general kernels for each state that is kept."""
+        return self.chunk // (4 * self.padded)
 
     def shared_bytes(self, gated: bool, tiles: int | None = None) -> tuple[int, int]:
         """Shared memory of a block of the forward and of the backward kernels, had it so many tiles of 16 channels."""
@@ -124,7 +135,7 @@ def kept_states(scalar_A: bool, length: int, state: int) -> tuple[int, int]:
     if scalar_A:
         return 64 if length <= 64 else 128, 8 if state <= 8 else 16 if state <= 16 else 32
     quads = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
-    return 16 * quads, 4 * quads
+    return 16 * quads * (KEPT if length >= KEPT_FROM else 1), 4 * quads
 
 
 @functools.cache

@@ -295,7 +295,7 @@ __device__ __forceinline__ void forward(const Args& p) {
             products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f; });
         }
         unsigned resets = find_resets(p, block, start);
-        float* kept = block.slot(p, p.states, p.chunks, span / SPAN);
+        Kept* kept = block.slot<Kept>(p, p.states, p.chunks, span / SPAN);
         if (span + SPAN < block.last) {
             B.load(p, span + SPAN);
             if (OUTPUTS) C.load(p, span + SPAN);
@@ -343,7 +343,7 @@ __device__ __forceinline__ void forward(const Args& p) {
                 Entry entry(k);
                 if (!entry.exists) break;
                 float& carry = shared.carry[tile][entry.number];
-                if (OUTPUTS && p.keep && entry.within(block, tile)) kept[entry.offset(tile)] = carry;
+                if (OUTPUTS && p.keep && entry.within(block, tile)) kept[entry.offset(tile)] = to_kept(carry);
                 carry = join_chunks<false, false, sizeof(shared.of[0]) / 4>(shared.of[0].states, shared.decays, shared.decays, entry.number, carry, OUTPUTS ? nullptr : &shared.across[tile][entry.number]);
             }
             __syncthreads();

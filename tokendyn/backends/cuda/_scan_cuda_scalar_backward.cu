@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                 *(float4*)(own.M + column<2>(g, h) * MATRIX_PITCH + 4 * q) = make_float4(products.v[h][0], products.v[h][1], products.v[h][2], products.v[h][3]);
         }
         unsigned resets = find_resets(p, block, start);
-        const float* kept_states = block.slot(p, p.states, p.chunks, span / SPAN);
+        const Kept* kept_states = block.slot<Kept>(p, p.states, p.chunks, span / SPAN);
         __syncwarp();
         Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
         State dB, dC;  // between tiles in shared memory
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
 #pragma unroll
             for (int k = 0; k < OWN_ENTRIES; k++) {
                 Entry entry(k);
-                kept[k] = entry.within(block, tile) ? kept_states[entry.offset(tile)] : 0.0f;
+                kept[k] = entry.within(block, tile) ? from_kept(kept_states[entry.offset(tile)]) : 0.0f;
             }
             Eight own_u, own_delta, own_dy, own_z;
             const auto& inputs = own.inputs[buffer];

@@ -5,7 +5,7 @@
 // lane holds of channels 2g and 2g + 1 (rows g and g + 8) the tokens 4q to 4q + 3: as a left operand and as a result alike,
 // because the order of the summed index is free. So no result is moved between lanes before it enters the next product.
 //
-// Compiled at run time with the common text's options and OWNER, how a lane's eight elements are loaded: by runs of tokens,
+// Compiled at run time with the common text's options, NARROW (states are kept in bfloat16) and OWNER, how a lane's eight elements are loaded: by runs of tokens,
 // by pairs of channels, or SINGLE ones.
 
 #define WARPS (THREADS / 32)
@@ -181,6 +181,17 @@ __device__ __forceinline__ Right<2, T> turned(const float* matrix) {
     return right;
 }
 
+// The states that are kept for the backward pass, as many a channel as elsewhere.
+#if NARROW
+typedef unsigned short Kept;
+__device__ __forceinline__ Kept to_kept(float x) { return to_bfloat16(x); }
+__device__ __forceinline__ float from_kept(Kept x) { return __uint_as_float((unsigned)x << 16); }
+#else
+typedef float Kept;
+__device__ __forceinline__ Kept to_kept(float x) { return x; }
+__device__ __forceinline__ float from_kept(Kept x) { return x; }
+#endif
+
 // What a block works on: tiles of 16 channels, and tokens from `first` to `last`.
 struct Block {
     int batch, group, tile, segment, rows, tiles, first, last;
@@ -204,8 +215,9 @@ struct Block {
     __device__ __forceinline__ int rows_left(int tile) const { return rows - tile * ROWS - (int)(threadIdx.x % 32 / 4 * 2); }
     __device__ __forceinline__ int tokens_left(int start) const { return last - start - (int)(threadIdx.x % 4 * 4); }
     // Where the first channel lies in an array (b, slots, d, STATE).
-    __device__ __forceinline__ float* slot(const Args& p, i64 array, i64 slots, i64 index) const {
-        return (float*)array + ((batch * slots + index) * p.channels + channel) * STATE;
+    template <typename T = float>
+    __device__ __forceinline__ T* slot(const Args& p, i64 array, i64 slots, i64 index) const {
+        return (T*)array + ((batch * slots + index) * p.channels + channel) * STATE;
     }
 };
 

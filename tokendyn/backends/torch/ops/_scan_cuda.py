@@ -50,7 +50,12 @@ def _layout(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> _scan_cuda_lay
 def states_shape(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[int, ...]:
     """Shape of the states that the forward pass keeps for the backward pass."""
     chunk, padded = _scan_cuda_layout.kept_states(A.shape[1] == 1, u.shape[2], B.shape[2])
-    return u.shape[0], -(-u.shape[2] // chunk), u.shape[1], padded
+    return u.shape[0], -(-u.shape[2] // chunk), u.shape[1], padded // 2 if _narrow(u, A) else padded
+
+
+def _narrow(u: torch.Tensor, A: torch.Tensor) -> bool:
+    """Whether states are kept in bfloat16, two in a word: products round them as much where u has 16 bits."""
+    return A.shape[1] == 1 and u.dtype in (torch.bfloat16, torch.float16)
 
 
 def _side_by_side(t: torch.Tensor, along: int, run: int) -> bool:
@@ -78,6 +83,7 @@ class _Plan:
         batch, channels, length = u.shape
         groups, state = B.shape[1], B.shape[2]
         self.layout = layout = _layout(u, A, B)
+        self.narrow = _narrow(u, A)
         mixed = delta.dtype != u.dtype or B.dtype != u.dtype or C.dtype != u.dtype
         if mixed or (z is not None and z.dtype != u.dtype) or u.dtype not in _ELEMENTS:
             u, delta, B, C = (t.float() for t in (u, delta, B, C))
@@ -142,7 +148,7 @@ class _Plan:
 
     def run(self, name: str, blocks: int | None = None, backward: bool = False) -> None:
         gated, layout = backward and self.z is not None, self.layout
-        variant = layout.options(_ELEMENTS[self.u.dtype], gated, self.packed, self.owner)
+        variant = layout.options(_ELEMENTS[self.u.dtype], gated, self.packed, self.owner, self.narrow)
         small, large = layout.shared_bytes(gated)
         shared = large if name == "gradients" else 0 if name in ("join_segments", "add_parts") else small
         blocks = self.blocks if blocks is None else blocks
