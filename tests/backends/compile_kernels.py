@@ -32,6 +32,7 @@ from tokendyn.backends.torch.ops import (
     _scan_triton_general,
     _scan_triton_launch,
     _scan_triton_scalar,
+    _score_triton,
     _softsort_triton_tiles,
     _step_triton,
 )
@@ -42,6 +43,7 @@ MODULES = (
     _scan_triton_scalar,
     _step_triton,
     _permute_triton,
+    _score_triton,
     _softsort_triton_tiles,
 )
 #: An A100's multiprocessors; grids depend on them, code does not.
@@ -137,6 +139,8 @@ def run_order(dtype: torch.dtype, *, power: int, inverse: bool = True) -> None:
     mass, rank = floats(b, length), torch.empty((b, length), dtype=torch.int32, device="meta")
     tiles = _softsort_triton_tiles
     _permute_triton.launch(x, rank, False)
+    _score_triton.scores(x.requires_grad_(), floats(width)).backward(mass)
+    x.requires_grad_(False)
     tiles.softsort(scores, x, 1.0, power, True)
     tiles.softsort_backward(x, scores, x, mass, rank, 1.0, power, True, True)
     if not inverse:

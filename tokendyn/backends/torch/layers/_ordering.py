@@ -18,6 +18,7 @@ from tokendyn import _checks as check
 from tokendyn import _operations as ops
 from tokendyn._layers import OrderConfig
 from tokendyn._order import Order
+from tokendyn.backends.torch.ops._order import exact_scores
 from tokendyn.backends.torch.ops._scan_plain import valid_tokens
 from tokendyn.errors import DTypeError
 
@@ -83,7 +84,7 @@ class ScoreOrdering(TokenOrdering):
             direction = self.K.to(dtype)
             for factor in s_delta:
                 direction = direction @ factor.to(dtype)
-            scores = ops.importance_score(x.to(dtype), None, direction)
+            scores = exact_scores(x, direction)
             if self.config.normalize:
                 scores = unit_deviation(scores, lengths)
         return order_by(scores, lengths, self.config.method, self.tau, self.config.power, self.config.ascending)

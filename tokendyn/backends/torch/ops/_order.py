@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from tokendyn.backends.torch.ops._engines import Call, OrderCall, choose
@@ -11,13 +13,26 @@ from tokendyn.backends.torch.ops._permute import sorting
 from tokendyn.backends.torch.ops._precision import compute_dtype, without_autocast
 from tokendyn.backends.torch.ops._softsort_plain import in_order, is_dense, matrix, poison
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def importance_score(x: torch.Tensor, s_delta: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
     """See :func:`tokendyn.importance_score`."""
     dtype = compute_dtype(x)
     with without_autocast(x):
         direction = k.to(dtype) if s_delta is None else k.to(dtype) @ s_delta.to(dtype)
-        return (x.to(dtype) @ direction).to(x.dtype)
+        return exact_scores(x, direction).to(x.dtype)
+
+
+def exact_scores(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """x (b, L, d) times the direction (d,) of scores, in the direction's dtype: float32, or float64 if x is; on a GPU
+    by a kernel of our own, where no copy of x in float32 is made."""
+    usable = x.is_cuda and _HAS_TRITON and x.dtype != torch.float64 and direction.dtype == torch.float32
+    if usable and not torch.compiler.is_compiling() and not transformed():
+        from tokendyn.backends.torch.ops import _score_triton
+
+        return _score_triton.scores(x, direction)
+    return x.to(direction.dtype) @ direction
 
 
 def hard_order(scores: torch.Tensor, *, ascending: bool = True) -> torch.Tensor:
