@@ -15,7 +15,6 @@ from tokendyn.backends.torch.ops import _softsort_cuda
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SCAN = ("outputs", "segment_ends", "join_segments", "segment_coends", "gradients", "add_parts")
-ORDER = ("arrange", "product", "gradients", "finish")
 _FOLDER = tempfile.TemporaryDirectory(prefix="tokendyn-emulator-")
 
 
@@ -36,9 +35,11 @@ def _library(source: str, variant: tuple[str, ...], kernels: tuple[str, ...]) ->
     return ctypes.CDLL(str(library))
 
 
-def launch_order(name, variant: tuple[str, ...], blocks: int, arguments: ctypes.Array, device):
+def launch_order(variant: _softsort_cuda.Variant, blocks: int, arguments: ctypes.Array, device):
     """In the place of the launch of SoftSort's engine."""
-    getattr(_library(_softsort_cuda.source(), variant, ORDER), f"run_{name}")(arguments, blocks)
+    name = variant.kernel
+    assert variant.shared <= 16 << 14
+    getattr(_library(_softsort_cuda.source(name), variant.options, (name,)), f"run_{name}")(arguments, blocks)
 
 
 def launch(kernels, name, variant: tuple[str, ...], threads, shared: int, blocks: int, arguments: ctypes.Array, device):

@@ -65,11 +65,25 @@ def test_every_kernel_is_compiled_and_fits(capability, variant, tmp_path):
     assert all(stack <= MOST_STACK for _, stack in found.values()), found
 
 
-@pytest.mark.parametrize(("capability", "element"), [((8, 0), 0), ((9, 0), 2)], ids=str)
-def test_every_kernel_of_softsort_is_compiled_and_fits(capability, element, tmp_path):
-    found = resources(capability, _softsort_cuda.source(), _softsort_cuda.options(element), tmp_path)
-    assert set(found) == {"arrange", "product", "gradients", "finish"}
-    assert all(stack <= MOST_STACK for _, stack in found.values()), found
+def softsort_kernels(length: int, slabs: int, element: int) -> list[_softsort_cuda.Variant]:
+    """What a forward and a backward pass of SoftSort launch."""
+    both = [
+        _softsort_cuda.across_channels("product", length, slabs, element, True, False),
+        _softsort_cuda.across_channels("gradients", length, slabs, element, False, True),
+    ]
+    if length <= _softsort_cuda.SPAN:
+        return both
+    ends = [_softsort_cuda.across_channels("ends", length, slabs, element, two == 0, two == 1) for two in (0, 1)]
+    return [*both, *ends, _softsort_cuda.summing("arrange"), _softsort_cuda.summing("finish")]
+
+
+@pytest.mark.parametrize(("capability", "length", "element"), [((8, 0), 4096, 0), ((9, 0), 196, 2), ((9, 0), 49, 1)])
+def test_every_kernel_of_softsort_is_compiled_and_fits(capability, length, element, tmp_path):
+    for variant in softsort_kernels(length, 10, element):
+        found = resources(capability, _softsort_cuda.source(variant.kernel), variant.options, tmp_path)
+        assert set(found) == {variant.kernel}
+        assert all(stack <= MOST_STACK for _, stack in found.values()), found
+        assert variant.shared <= SHARED
 
 
 @pytest.mark.parametrize("scalar_A", [False, True])

@@ -28,9 +28,11 @@ pytestmark = pytest.mark.skipif(
 CASES = {
     "one token": (1, 1, 1, False, 1.0, True, torch.float32),
     "ties": (2, 19, 18, True, 0.5, True, torch.float32),
-    "descending, several warps": (1, 21, 40, True, 0.1, False, torch.float32),
-    "ties across runs of tokens": (2, 150, 3, True, 0.3, True, torch.float32),
-    "sorted before the kernel": (1, 1100, 2, True, 0.2, False, torch.float32),
+    "descending, channels side by side": (1, 21, 250, True, 0.1, False, torch.float32),
+    "across warps and blocks": (2, 150, 40, True, 0.3, True, torch.float32),
+    "whole": (1, 49, 32, True, 0.3, True, torch.float32),
+    "ties across spans": (1, 300, 3, True, 0.5, False, torch.float32),
+    "sorted before the kernels": (1, 1100, 2, True, 0.2, False, torch.float32),
     "nearly a mean": (2, 33, 4, False, 100.0, True, torch.float32),
     "bfloat16": (2, 40, 37, True, 0.5, True, torch.bfloat16),
     "float16": (2, 20, 7, True, 0.5, False, torch.float16),
@@ -90,15 +92,24 @@ def test_values_and_gradients_are_those_of_the_plain_engine(name, case):
 
 #: What is replaced by what, and the case that shows it.
 FAULTS = {
-    "equal scores count": ("if (k >= 0.0f) strict[n]", "strict[n]", "ties across runs of tokens"),
-    "a run's ties are forgotten": ("k < 0.0f ? strict[n] :", "", "ties across runs of tokens"),
-    "another token's decay": ("last)] - placed[here - 1])", "last)] - placed[0])", "ties"),
-    "a chunk starts at zero": (
-        "sum_next = *starts(p, unit, 1, chunk - 1, 0);",
-        "sum_next = 0.0f;",
-        "ties across runs of tokens",
+    "equal scores count": ("if (k >= 0.0f) strict[n]", "strict[n]", "across warps and blocks"),
+    "ties end with a run": (
+        "strict[n] = k < 0.0f ? strict[n] :",
+        "strict[n] =",
+        "across warps and blocks",
     ),
-    "half of the channels": ("return v[0] + __shfl_xor", "return v[0] + 0 * __shfl_xor", "descending, several warps"),
+    "another token's decay": ("at.placed[here] - at.placed[here - 1]", "at.placed[here] - at.placed[0]", "ties"),
+    "a warp starts at zero": ("before.join(shared.k[after][h], own)", "before.clear()", "whole"),
+    "a span starts at zero": (
+        "sums.join(k, own);\n    }\n    return sums;",
+        "}\n    return sums;",
+        "ties across spans",
+    ),
+    "a span's ties are forgotten": ("if (TWO) own.strict[0] =", "if (false) own.strict[0] =", "ties across spans"),
+    "half of the channels": ("return v[0] + __shfl_xor", "return v[0] + 0 * __shfl_xor", "ties"),
+    "channels side by side": ("beside < SLABS; beside++", "beside < 1; beside++", "descending, channels side by side"),
+    "one block's channels": ("part < p.parts; part++", "part < 1; part++", "across warps and blocks"),
+    "places of equal scores": ("sorting.scores[j] <= own", "sorting.scores[j] < own", "ties"),
 }
 
 
@@ -106,10 +117,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, monkeypatch):
     right, wrong, case = FAULTS[fault]
-    source = _softsort_cuda.source()
-    assert right in source
-    monkeypatch.setattr(_softsort_cuda, "source", lambda: source.replace(right, wrong))
-    assert max(excess(name, CASES[case]) for name in NAMES) > 10
+    source = _softsort_cuda.source
+    assert right in source("product") + source("gradients")
+    monkeypatch.setattr(_softsort_cuda, "source", lambda kernel: source(kernel).replace(right, wrong))
+    assert excess("softsort", CASES[case]) > 10
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,10 +161,12 @@ def test_the_same_bits_again_and_no_gradient_that_is_not_asked_for(name, monkeyp
     want, again = (evaluate(_softsort_cuda, name, scores, x) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(want, again, strict=True))
     run, launched = _softsort_cuda.launch, []
-    monkeypatch.setattr(_softsort_cuda, "launch", lambda kernel, *rest: (launched.append(kernel), run(kernel, *rest)))
+    monkeypatch.setattr(
+        _softsort_cuda, "launch", lambda variant, *rest: (launched.append(variant.kernel), run(variant, *rest))
+    )
     for given, kernels, expected in (
-        ((scores.detach(), x), ["arrange", "product", "product"], want[2]),
-        ((scores, x.detach()), ["arrange", "product", "gradients", "finish"], want[1]),
+        ((scores.detach(), x), ["product", "product"], want[2]),
+        ((scores, x.detach()), ["product", "gradients"], want[1]),
     ):
         launched.clear()
         out = getattr(_softsort_cuda, name)(*given, tau=0.5, power=1, ascending=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+from typing import Any
 
 import torch
 from cuda.bindings import driver  # type: ignore  # compiled modules without types
@@ -10,14 +12,24 @@ from cuda.bindings import driver  # type: ignore  # compiled modules without typ
 from tokendyn.backends.cuda._nvrtc import Kernel, check, compile_source
 
 
-def kernel(source: str, options: tuple[str, ...], name: str, shared_bytes: int, device: int) -> Kernel:
-    """The kernel ``name`` of ``source`` on a CUDA device, compiled once a process, for a launch from this thread."""
-    with torch.cuda.device(device):
-        # A thread in which PyTorch has done nothing on a GPU yet, as autograd's may be, has no context.
-        if not int(check(driver.cuCtxGetCurrent(), "asking for the thread's context")):
-            context = check(driver.cuDevicePrimaryCtxRetain(device), "asking for the device's context")
-            check(driver.cuCtxSetCurrent(context), "entering the device's context")
-        return _kernel(source, options, name, shared_bytes, device)
+def launch(
+    source: str, options: tuple[str, ...], name: str, threads: int, shared_bytes: int, blocks: int,
+    arguments: ctypes.Array[ctypes.c_int64], device: torch.device,
+) -> None:  # fmt: skip
+    """Run the kernel ``name`` of ``source`` on the current stream of ``device``, compiled once a process."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index):
+        # A thread of autograd has no context before its first call of CUDA's run-time library, which may be to come.
+        check(driver.cuCtxSetCurrent(_context(index)), "making a GPU current")
+        kernel = _kernel(source, options, name, shared_bytes, index)
+        kernel(blocks, threads, torch.cuda.current_stream().cuda_stream, arguments)
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    """The context that PyTorch uses on a device."""
+    ordinal = check(driver.cuDeviceGet(device), "finding a GPU")
+    return check(driver.cuDevicePrimaryCtxRetain(ordinal), "taking a GPU's context")
 
 
 @functools.cache

@@ -27,10 +27,7 @@ def launch(
     """Run a kernel on the current stream of ``device``."""
     from tokendyn.backends.torch.ops import _nvrtc
 
-    index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = _nvrtc.kernel(_scan_cuda_layout.source(kernels), variant, name, shared, index)
-    with torch.cuda.device(index):
-        kernel(blocks, threads, torch.cuda.current_stream().cuda_stream, arguments)
+    _nvrtc.launch(_scan_cuda_layout.source(kernels), variant, name, threads, shared, blocks, arguments, device)
 
 
 @functools.cache
