@@ -13,40 +13,27 @@ from tokendyn.backends.cuda._nvrtc import Kernel, check, compile_source
 
 
 @functools.cache
-def _attribute(device: int, name: str) -> int:
-    attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-    return check(driver.cuDeviceGetAttribute(attribute, device), f"asking for {name}")
-
-
-def _capability(device: int) -> tuple[int, int]:
-    return _attribute(device, "COMPUTE_CAPABILITY_MAJOR"), _attribute(device, "COMPUTE_CAPABILITY_MINOR")
-
-
-@functools.cache
-def processors() -> int:
-    """Multiprocessors of the device that JAX takes by default."""
-    check(driver.cuInit(0), "starting CUDA")
-    return _attribute(_ordinal(), "MULTIPROCESSOR_COUNT")
-
-
-def _ordinal() -> int:
-    return int(check(driver.cuDeviceGet(jax.local_devices()[0].local_hardware_id), "finding the GPU"))
-
-
-@functools.cache
 def _code(kernels: str, options: tuple[str, ...], capability: tuple[int, int]) -> bytes:
     return compile_source(_scan_cuda_layout.source(kernels), options, capability)
 
 
 def compile_now(kernels: str, options: tuple[str, ...]) -> None:
     """Compile for the device that JAX takes by default, while JAX traces rather than when it runs."""
-    _code(kernels, options, _capability(_ordinal()))
+    major, minor = jax.local_devices()[0].compute_capability.split(".")
+    _code(kernels, options, (int(major), int(minor)))
 
 
 @functools.cache
 def _kernel(kernels: str, options: tuple[str, ...], name: str, shared: int, context: int) -> Kernel:
-    device = int(check(driver.cuCtxGetDevice(), "asking for the GPU"))
-    return Kernel(_code(kernels, options, _capability(device)), name, shared)
+    device, wanted = check(driver.cuCtxGetDevice(), "asking for the GPU"), driver.CUdevice_attribute
+    major, minor = (
+        check(driver.cuDeviceGetAttribute(attribute, device), "asking for the compute capability")
+        for attribute in (
+            wanted.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            wanted.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return Kernel(_code(kernels, options, (major, minor)), name, shared)
 
 
 def launch(
