@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.torch import load_file
 
 import tokendyn
 import tokendyn.jax as tj
+import tokendyn.torch as tt
 from tokendyn import OrderConfig
 from tokendyn.backends.jax.layers._chunk_order import ChunkOrderMamba
 from tokendyn.backends.jax.layers._group_order import GroupOrderMamba
@@ -44,6 +46,15 @@ def test_equals_torch_from_the_same_file(scope: str, tmp_path: Path) -> None:
     assert {key for _, kind, key, *_ in found if kind == "gradients"} >= {"backbone.layers.0.mixer.order.K"}
     for dtype, kind, key, error, bound in found:
         assert error <= bound, (dtype, kind, key, error)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_file_of_one_is_a_file_of_the_other(scope: str, tmp_path: Path) -> None:
+    mine, theirs = converted(case(scope), tmp_path / "torch.safetensors")
+    tj.save_weights(theirs, tmp_path / "jax.safetensors")
+    back = case(scope).make(tt).double()
+    back.load_state_dict(load_file(tmp_path / "jax.safetensors"))
+    assert all(torch.equal(value, mine.state_dict()[name]) for name, value in back.state_dict().items())
 
 
 @pytest.mark.parametrize("scope", SCOPES)

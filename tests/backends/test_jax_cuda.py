@@ -94,6 +94,9 @@ def test_activations_of_two_dtypes_are_computed_in_float32() -> None:
     assert got[0].dtype == jnp.bfloat16
     np.testing.assert_array_equal(got[0], want[0].astype(jnp.bfloat16))
     np.testing.assert_array_equal(got[1], want[1])
+    compiled = _scan_cuda.run._cache_size()  # type: ignore[attr-defined]
+    _scan_cuda.run(**{name: 2 * v for name, v in mixed.items()})
+    assert _scan_cuda.run._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 def test_what_goes_wrong_in_the_handler_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
