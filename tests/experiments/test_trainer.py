@@ -21,11 +21,12 @@ from tokendyn.experiments import _random
 from tokendyn.experiments._checkpoint import read_tensors
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import TrainConfig
+from tokendyn.experiments._devices import numerics, resolve_device
 from tokendyn.experiments._loggers import LOGGERS
 from tokendyn.experiments._optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tokendyn.experiments._records import Records, read_records
 from tokendyn.experiments._task import Batch
-from tokendyn.experiments._trainer import load_trained, numerics, resolve_device
+from tokendyn.experiments._trainer import load_trained
 
 
 def contents(folder: Path) -> dict[str, bytes]:

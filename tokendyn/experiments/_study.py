@@ -17,14 +17,14 @@ import torch
 from tokendyn.errors import NonFiniteError, OptionError
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, RunConfig, TrainConfig
-from tokendyn.experiments._devices import jobs_for, take_gpu
+from tokendyn.experiments._devices import jobs_for, numerics, take_gpu
 from tokendyn.experiments._distributed import current_group
 from tokendyn.experiments._jobs import run_jobs
 from tokendyn.experiments._progress import Listener, Progress, Quiet
 from tokendyn.experiments._run_folder import RunRecord, hold, read_run, run_folder
 from tokendyn.experiments._signals import TIME_IS_UP, StopRequest, StopSignals, name_of
 from tokendyn.experiments._task import Task
-from tokendyn.experiments._trainer import Trainer, numerics, total_steps
+from tokendyn.experiments._trainer import Trainer, total_steps
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import torch
 from tokendyn.errors import CheckpointError, OptionError
 from tokendyn.experiments import _cli
 from tokendyn.experiments._checkpoint import read_tensors
+from tokendyn.experiments._devices import numerics, resolve_device
 from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
-from tokendyn.experiments._trainer import load_weights, numerics, resolve_device
+from tokendyn.experiments._trainer import load_weights
 from tokendyn.experiments.imagenet._config import MADE_FOR, ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
 from tokendyn.experiments.imagenet._packed import SUFFIX, load_packed

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from tokendyn.errors import OptionError
+from tokendyn.experiments._devices import resolve_device
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
-from tokendyn.experiments._trainer import resolve_device
 from tokendyn.experiments.text_classification._config import TextConfig
 from tokendyn.experiments.text_classification._report import write_report
 from tokendyn.experiments.text_classification._task import TextTasks

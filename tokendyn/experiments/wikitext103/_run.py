@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tokendyn.backends.torch.models import LanguageModel
 from tokendyn.errors import OptionError
+from tokendyn.experiments._devices import resolve_device
 from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._text._sources import HUGGING_FACE, RANDOM
-from tokendyn.experiments._trainer import load_trained, resolve_device
+from tokendyn.experiments._trainer import load_trained
 from tokendyn.experiments.wikitext103._config import DataConfig, LanguageConfig
 from tokendyn.experiments.wikitext103._report import write_report
 from tokendyn.experiments.wikitext103._task import LanguageTasks, load_texts
