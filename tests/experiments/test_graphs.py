@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.experiments.test_trainer import contents
-from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, predict, trainer
+from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, predict, recordings_are_calls, trainer
 from tokendyn.errors import NonFiniteError, OptionError
-from tokendyn.experiments import _graphs
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._distributed import Group
 from tokendyn.experiments._graphs import EAGER_CALLS, Recorded, expect_recordable
@@ -63,12 +62,8 @@ class AlikeTask(TinyTask):
 @pytest.fixture(autouse=True)
 def _recordings_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no GPU."""
-    if GPU:
-        return
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(_graphs, "beside", lambda stream, call: call())
-    monkeypatch.setattr(_graphs, "record", lambda call: call)
-    monkeypatch.setattr("tokendyn.experiments._trainer.expect_recordable", lambda *_: None)
+    if not GPU:
+        recordings_are_calls(monkeypatch.setattr)
 
 
 def losses(folder: Path) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokendyn.experiments import _graphs, _trainer
 from tokendyn.experiments._config import ComputeConfig, TrainConfig
 from tokendyn.experiments._task import Batch
 from tokendyn.experiments._trainer import Trainer
@@ -83,6 +85,14 @@ class Recorder:
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+
+def recordings_are_calls(replace: Callable[[Any, str, Any], None]) -> None:
+    """CUDA graphs without a GPU: what would be recorded is called. ``replace`` is ``setattr``, or pytest's."""
+    replace(torch.cuda, "Stream", object)
+    replace(_graphs, "beside", lambda stream, call: call())
+    replace(_graphs, "record", lambda call: call)
+    replace(_trainer, "expect_recordable", lambda *_: None)
 
 
 def trainer(folder: Path, task: TinyTask | None = None, recorder: Recorder | None = None, **options: Any) -> Trainer:

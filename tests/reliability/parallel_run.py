@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, trainer
+from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask, recordings_are_calls, trainer
 from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._trainer import Trainer
@@ -50,16 +50,18 @@ class Blocks(nn.Module):
 def make(folder: Path, parallel: str, stop_after: int | None = None) -> Trainer:
     """The trainer of this process."""
     train = dataclasses.replace(TRAIN, ema_decay=0.0 if parallel == "fsdp" else 0.5)
-    compute = dataclasses.replace(COMPUTE, parallel=parallel)
+    graphs = {"cuda_graphs": True} if parallel == "graphs" else {"parallel": parallel}
+    compute = dataclasses.replace(COMPUTE, **graphs)
     return trainer(folder, Task(), Recorder(stop_after=stop_after), train=train, compute=compute)
 
 
 def main(folder: Path) -> None:
-    """Train both ways, each interrupted by a signal that the last process alone gets after step 6, and tells the
+    """Train in all ways, each interrupted by a signal that the last process alone gets after step 6, and tells the
     others in step 7; then a study."""
     with joined(torch.device("cpu")):
         group = current_group()
-        for parallel in ("ddp", "fsdp"):
+        recordings_are_calls(setattr)
+        for parallel in ("ddp", "fsdp", "graphs"):
             try:
                 make(folder / parallel, parallel, 6 if group.rank == group.size - 1 else None).run()
             except Stopped as stopped:
