@@ -14,6 +14,8 @@ import pytest
 from tokendyn.backends.cuda import _scan_cuda_layout
 from tokendyn.backends.jax.ops import _cuda_calls, _scan_cuda, _scan_xla
 
+pytest.importorskip("torch")
+
 from . import cuda_emulator
 from .test_jax_pallas import arguments, error, results
 
