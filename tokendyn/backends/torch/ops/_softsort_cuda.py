@@ -118,7 +118,7 @@ class _Plan:
         """``ordered``: ``a`` is read through the order, and ``b`` and ``out`` lie in order; else the other way."""
         self.batch, self.length, self.width = x.shape
         self.device, self.dtype, self.ordered = x.device, x.dtype, ordered
-        self.slabs, self.spans = -(-self.width // LANES), max(1, -(-self.length // SPAN))
+        self.slabs, self.spans = -(-self.width // LANES), -(-self.length // SPAN)
         self.arguments = _Arguments(*(0 for _ in _FIELDS))
         self.set(
             batch=self.batch, length=self.length, width=self.width, slabs=self.slabs, spans=self.spans,
@@ -146,8 +146,7 @@ class _Plan:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def run(self, variant: Variant, blocks: int) -> None:
-        if blocks and self.length:
-            launch(variant, blocks, self.arguments, self.device)
+        launch(variant, blocks, self.arguments, self.device)
 
     def sort(self, scores: torch.Tensor, ascending: bool, with_total: bool) -> tuple[torch.Tensor, ...]:
         """The order, the scores in it, Z, and M if asked for; of short sequences `product` fills them in."""
@@ -166,7 +165,7 @@ class _Plan:
         """A kernel whose blocks have tokens and channels, and how many of its blocks share the channels."""
         variant = across_channels(kernel, self.length, self.slabs, _ELEMENTS[self.dtype], self.ordered, two)
         rounds = -(-self.slabs // variant.beside)
-        most = max(1, variant.blocks // max(1, self.batch * self.spans))
+        most = max(1, variant.blocks // (self.batch * self.spans))
         slabs_a_part = -(-rounds // min(rounds, most)) * variant.beside
         parts = -(-self.slabs // slabs_a_part)
         self.set(parts=parts, slabs_a_part=slabs_a_part)
