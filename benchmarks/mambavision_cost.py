@@ -4,8 +4,8 @@
 JSON after every part, so a run that is cut short leaves what it measured. Models: ours without an order; with the
 published order as its public code computes it (scores, sort, a dense L x L matrix, einsum); with the same order as
 computed here; the PyPI model ``mambavision`` where it is installed (it needs mamba-ssm). All with channels last,
-autocast to bfloat16, fused AdamW and cuDNN's choice of the fastest convolution. ``--compile`` adds ours under
-torch.compile, ``--graphs`` whole training steps replayed from a CUDA graph, which no time of the host slows;
+autocast to bfloat16, fused AdamW and cuDNN's choice of the fastest convolution. ``--compile`` adds training steps of
+ours under torch.compile, ``--graphs`` whole steps replayed from a CUDA graph, which no time of the host slows;
 ``--profile`` where the time of a training step goes, kernel by kernel.
 
 Checked too, from the same start: both ways of ordering give the same outputs in float64, and from the PyPI model's
@@ -407,7 +407,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     for model, _ in called.values():
         model.eval()  # type: ignore[attr-defined]
-    measure("forward", {name: Forward(model, images).launch for name, model in found.items()})
+    forwards = {name: Forward(model, images).launch for name, model in found.items()}
+    for name in found if pool is not None else ():
+        graph = report.attempt(f"{name}{REPLAYED}, forward", lambda name=name: captured(forwards[name], pool))
+        if graph is not None:
+            forwards[f"{name}{REPLAYED}"] = graph
+            rows.setdefault(f"{name}{REPLAYED}", {key: rows[name][key] for key in ("parameters", "gflops")})
+    measure("forward", forwards)
     checks = None
     if options.checks:
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False  # float32 models are compared
@@ -419,12 +425,6 @@ def main(arguments: list[str] | None = None) -> int:
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
         print(json.dumps({key: value for key, value in (checks or {}).items() if key != "losses"}))
         report.add(checks=checks)
-    if options.compile:
-        forwards = {name: Forward(model, images).launch for name, (model, _) in called.items() if name in steps}
-        for name in [name for name in forwards if name.endswith(COMPILED)]:
-            if report.attempt(f"{name}, forward", forwards[name]) is None:
-                del forwards[name]
-        measure("forward", forwards)
     if options.profile and device.type == "cuda":  # last: its hooks slow what comes after it
         for model, _ in called.values():
             model.train()  # type: ignore[attr-defined]
