@@ -125,8 +125,9 @@ static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); ret
 static unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static float reciprocal(float x) { return 1.0f / x; }
 static float ex2(float x) { return exp2f(x); }
-static void forget(unsigned&) {}
 static void forget(int&) {}
+template <typename T>
+static void hold(T*&) {}
 static unsigned load_one(const void* p) { return *(const unsigned*)p; }
 static uint2 load_two(const void* p) { return *(const uint2*)p; }
 static uint4 load_four(const void* p) { return *(const uint4*)p; }

@@ -34,8 +34,9 @@ __device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, 
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-// Hides from the compiler where a word came from: what is made of it later is made again, not kept in registers.
-__device__ __forceinline__ void forget(unsigned& word) { asm("" : "+r"(word)); }
+// Hides from the compiler where a pointer came from, so that it is not made again wherever it is used.
+template <typename T>
+__device__ __forceinline__ void hold(T*& pointer) { asm("" : "+l"(pointer)); }
 // Words of an input, whose whole line is brought to the L2 cache: other warps and the next tile want the rest of it.
 __device__ __forceinline__ unsigned load_one(const void* p) {
     unsigned v;

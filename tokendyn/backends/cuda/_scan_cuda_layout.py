@@ -124,7 +124,7 @@ def _general_bytes(quads: int, gated: bool) -> tuple[int, int]:
 
 def _scalar_bytes(warps: int, state: int, tiles: int) -> tuple[int, int]:
     entries, square, rows = 16 * state, 256, 4 * 16 * _MOST_TILES + 16
-    forward = warps * (entries + max(20 * state, square) + 320 + 16) + 2 * _MOST_TILES * entries + rows
+    forward = warps * (entries + max(20 * state, square) + 320 + 1024 + 16) + 2 * _MOST_TILES * entries + rows
     per_warp = 4 * entries + 512 + 320 + 32 * (state + 4) + 768 + 3 * 16
     backward = warps * per_warp + rows + 4 + tiles * (entries + 3 * 16 * warps)
     return 4 * forward, -(-4 * backward // 16) * 16

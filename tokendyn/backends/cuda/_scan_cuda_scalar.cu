@@ -173,10 +173,12 @@ __device__ __forceinline__ float2 of_rows(const float* array, int tile) {
     return *(const float2*)(array + tile * ROWS + threadIdx.x % 32 / 4 * 2);
 }
 
+#define COPIES (ELEMENT == 0)  // whether the next tile's inputs come by way of shared memory: in float32 registers are scarce
 #define FORWARD_SCRATCH (STATE * MATRIX_PITCH > SQUARE ? STATE * MATRIX_PITCH : SQUARE)
 struct ForwardShared {
     struct {
         float states[ENTRIES], scratch[FORWARD_SCRATCH], M[CHUNK * MATRIX_PITCH];
+        unsigned inputs[2][2][32 * 8];  // u and delta of a tile, and of the one that is on its way
     } of[WARPS];  // each warp's own; states are joined by all threads
     float carry[MOST_TILES][ENTRIES], across[MOST_TILES][ENTRIES];
     float decays[ROWS][WARPS];
@@ -277,7 +279,15 @@ __device__ __forceinline__ void forward(const Args& p) {
     VIEW(2, z, block.first, SPAN);
     VIEW(3, y, block.first, SPAN);
     int start = block.first + warp * CHUNK;
-    Eight next_u = view_u.load(block, 0, start), next_delta = view_delta.load(block, 0, start);
+    int buffer = 0;
+    Eight next_u, next_delta;
+    auto fetch = [&](int tile, int start) {
+        if (COPIES)
+            view_u.fetch(own.inputs[buffer][0], block, tile, start), view_delta.fetch(own.inputs[buffer][1], block, tile, start);
+        else
+            next_u = view_u.load(block, tile, start), next_delta = view_delta.load(block, tile, start);
+    };
+    fetch(0, start);
     Matrix B = MATRIX(B), C = MATRIX(C);
     B.load(p, block.first);
     if (OUTPUTS) C.load(p, block.first);
@@ -301,17 +311,23 @@ __device__ __forceinline__ void forward(const Args& p) {
             if (OUTPUTS) C.load(p, span + SPAN);
         }
         for (int tile = 0; tile < block.tiles; tile++) {
-            Tokens u, z;
-            u.each([&](float& v, int h, int i) { v = next_u.get(h, i); });
-            Steps steps(p, block, shared.rows, next_delta, u, tile, start);
+            const auto& inputs = own.inputs[buffer];
+            Eight own_u = next_u, own_delta = next_delta, own_z;
+            if (COPIES) {
+                copies_done();
+                own_u.read(inputs[0]), own_delta.read(inputs[1]);
+            }
+            Tokens u;
+            u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
+            Steps steps(p, block, shared.rows, own_delta, u, tile, start);
             bool done = tile + 1 == block.tiles;
             const auto& ways = shared.ways.by[done];
             view_u.advance(ways), view_delta.advance(ways);
             if (!done || span + SPAN < block.last) {  // the next tile's loads are under way while this one is worked on
                 int next_tile = done ? 0 : tile + 1, next_start = done ? start + SPAN : start;
-                next_u = view_u.load(block, next_tile, next_start), next_delta = view_delta.load(block, next_tile, next_start);
+                buffer ^= 1;
+                fetch(next_tile, next_start);
             }
-            Eight own_z;
             if (OUTPUTS && p.z) own_z = view_z.load(block, tile, start), view_z.advance(ways);
             Tokens x, factor;
             x.each([&](float& v, int h, int i) { v = steps.x.v[h][i] * ex2(steps.q.v[h][i]); });
@@ -363,7 +379,8 @@ __device__ __forceinline__ void forward(const Args& p) {
                 out.each([&](float& v, int h, int i) { v = (together(resets, -1, 4 * q + i) ? v * factor.v[h][i] : 0.0f) + inside.v[h][i]; });
             }
             float2 D = of_rows(shared.rows.D, tile);
-            out.each([&](float& v, int h, int i) { v = fmaf(h ? D.y : D.x, u.v[h][i], v); });
+            if (COPIES) own_u.read(inputs[0]);  // again, so that no registers keep it
+            out.each([&](float& v, int h, int i) { v = fmaf(h ? D.y : D.x, COPIES ? own_u.get(h, i) : u.v[h][i], v); });
             if (p.z) out.each([&](float& v, int h, int i) { v *= own_z.get(h, i) * sigmoid(own_z.get(h, i)); });
             if (block.stop - start < CHUNK)
                 out.each([&](float& v, int h, int i) {

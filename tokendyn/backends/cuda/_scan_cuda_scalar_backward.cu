@@ -196,11 +196,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         }
         unsigned resets = find_resets(p, block, start);
         const Kept* kept_states = block.slot<Kept>(p, p.states, p.chunks, span / SPAN);
+        hold(kept_states);
         __syncwarp();
         Tokens G;  // t x s: sums over channels of dy_t x_s times the weight
         State dB, dC;  // between tiles in shared memory
         G.clear(), dB.clear(), dC.clear();
-        for (int which = 0; which < 2; which++) dB.write(own.sums[which], STATE);
+        for (int which = 0; which < 2; which++) set_aside(own.sums[which], dB);
         for (int tile = 0; tile < block.tiles; tile++) {
             const auto& ways = shared.ways.by[tile + 1 == block.tiles];
             float kept[OWN_ENTRIES];
@@ -325,12 +326,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             }
             {
                 Right<2, 2> sent_turned = turned(sent, scratch), received_turned = turned(received, scratch);
-                dB.read(own.sums[0], STATE);
+                take_back(dB, own.sums[0]);
                 multiply(dB, sent_turned, turned<NT>(own.costates));
-                dB.write(own.sums[0], STATE);
-                dC.read(own.sums[1], STATE);
+                set_aside(own.sums[0], dB);
+                take_back(dC, own.sums[1]);
                 multiply(dC, received_turned, turned<NT>(own.states));
-                dC.write(own.sums[1], STATE);
+                set_aside(own.sums[1], dC);
                 if (!walks) multiply(G, received_turned, sent_turned);
             }
 
@@ -389,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         G.each([&](float& v, int h, int i) {
             v = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f;
         });
-        dB.read(own.sums[0], STATE), dC.read(own.sums[1], STATE);
+        take_back(dB, own.sums[0]), take_back(dC, own.sums[1]);
         multiply(dC, G, by_token<NT>(own.B, STATE_PITCH));
         __syncwarp();
 #pragma unroll

@@ -99,6 +99,21 @@ struct Tile {
             }
     }
 };
+// What a lane sets aside for itself, in the order in which products give it.
+template <int T>
+__device__ __forceinline__ void set_aside(float* to, const Tile<T>& x) {
+#pragma unroll
+    for (int j = 0; j < T; j++)
+        *(float4*)(to + j * 128 + threadIdx.x % 32 * 4) = make_float4(x.v[0][2 * j], x.v[0][2 * j + 1], x.v[1][2 * j], x.v[1][2 * j + 1]);
+}
+template <int T>
+__device__ __forceinline__ void take_back(Tile<T>& x, const float* from) {
+#pragma unroll
+    for (int j = 0; j < T; j++) {
+        float4 four = *(const float4*)(from + j * 128 + threadIdx.x % 32 * 4);
+        x.v[0][2 * j] = four.x, x.v[0][2 * j + 1] = four.y, x.v[1][2 * j] = four.z, x.v[1][2 * j + 1] = four.w;
+    }
+}
 typedef Tile<2> Tokens;
 typedef Tile<NT> State;
 
@@ -146,14 +161,13 @@ __device__ __forceinline__ void multiply(Tile<T>& sum, const Right<K, 2>& a, con
 // Rows lie so that neither way two lanes meet in a bank.
 __device__ __forceinline__ Right<2, 2> turned(const Tokens& tile, float* scratch) {
     int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    float* to = scratch + g * CHUNK + g / 2 * 2 + 4 * q;
+    const float* from = scratch + q * CHUNK + q / 2 * 2 + column<2>(g, 0);
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            int row = g + 8 * h;
-            *(float2*)(scratch + row * CHUNK + row / 2 * 2 + 4 * q + i) = make_float2(tile.v[h][i], tile.v[h][i + 1]);
-        }
+        for (int i = 0; i < 4; i += 2) *(float2*)(to + h * 8 * (CHUNK + 1) + i) = make_float2(tile.v[h][i], tile.v[h][i + 1]);
     __syncwarp();
     Right<2, 2> right;
 #pragma unroll
@@ -161,23 +175,20 @@ __device__ __forceinline__ Right<2, 2> turned(const Tokens& tile, float* scratch
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                int row = 8 * k + 4 * c + q;
-                right.v[k][j][c] = scratch[row * CHUNK + row / 2 * 2 + column<2>(g, j)];
-            }
+            for (int c = 0; c < 2; c++) right.v[k][j][c] = from[(8 * k + 4 * c) * (CHUNK + 1) + 2 * j];
     return right;
 }
 // The same of a matrix that lies in shared memory, row by row.
 template <int T>
 __device__ __forceinline__ Right<2, T> turned(const float* matrix) {
-    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    const float* from = matrix + threadIdx.x % 4 * (8 * T) + column<T>(threadIdx.x % 32 / 4, 0);
     Right<2, T> right;
 #pragma unroll
     for (int k = 0; k < 2; k++)
 #pragma unroll
         for (int j = 0; j < T; j++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) right.v[k][j][c] = matrix[(8 * k + 4 * c + q) * (8 * T) + column<T>(g, j)];
+            for (int c = 0; c < 2; c++) right.v[k][j][c] = from[(8 * k + 4 * c) * (8 * T) + 2 * j];
     return right;
 }
 
@@ -494,23 +505,23 @@ struct Matrix {
 // A matrix of tokens x columns in shared memory as an operand, and turned, columns x tokens.
 template <int T>
 __device__ __forceinline__ Right<2, T> by_token(const float* from, int pitch) {
-    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    from += threadIdx.x % 4 * 4 * pitch + column<T>(threadIdx.x % 32 / 4, 0);
     Right<2, T> right;
 #pragma unroll
     for (int j = 0; j < T; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) right.v[i / 2][j][i % 2] = from[(4 * q + i) * pitch + column<T>(g, j)];
+        for (int i = 0; i < 4; i++) right.v[i / 2][j][i % 2] = from[i * pitch + 2 * j];
     return right;
 }
 template <int K>
 __device__ __forceinline__ Right<K, 2> by_column(const float* from, int pitch) {
-    int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    from += column<2>(threadIdx.x % 32 / 4, 0) * pitch + threadIdx.x % 4 * (2 * K);
     Right<K, 2> right;
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            float2 two = *(const float2*)(from + column<2>(g, j) * pitch + 2 * K * q + 2 * k);
+            float2 two = *(const float2*)(from + 2 * j * pitch + 2 * k);
             right.v[k][j][0] = two.x, right.v[k][j][1] = two.y;
         }
     return right;
