@@ -152,7 +152,7 @@ FAULTS = {
     ),
     "one warp's channels not added": ("warp < WARPS; warp++", "warp < WARPS - 1; warp++", "four lanes"),
     "a state kept too late": ("start % BETWEEN == 0", "start % BETWEEN == HALF", "four lanes"),
-    "half a chunk passed over": ("t < CHUNK; t += 4) step_on", "t < HALF; t += 4) step_on", "four lanes"),
+    "half a chunk passed over": ("t < CHUNK && !lane.idle; t += 4) step_on", "t < HALF; t += 4) step_on", "four lanes"),
     "scalar A: nothing crosses a chunk's end": (
         "add_over_quad(through[h]) +",
         "0.0f +",

@@ -177,11 +177,13 @@ struct Block {
 struct Lane {
     int row, n;
     bool exists;
+    bool idle;  // the whole warp: it only takes part in what the block does together
     __device__ __forceinline__ explicit Lane(const Block& block) {
         int lane = threadIdx.x % 32, column = lane / 4;
         row = threadIdx.x / 32 * WARP_ROWS + column / QUADS * 4 + lane % 4;
         n = column % QUADS * 4;
         exists = row < block.rows;
+        idle = uniform(threadIdx.x / 32) * WARP_ROWS >= block.rows;
     }
     // Offset of this lane's four n in an array (b, slots, d, STATE).
     __device__ __forceinline__ i64 slot(const Args& p, const Block& block, i64 slots, i64 index) const {
@@ -398,7 +400,7 @@ __device__ __forceinline__ void forward(const Args& p) {
         }
         if (OUTPUTS && p.z) own_z = z.load(start, block.rows, block.last);
 #pragma unroll 2
-        for (int t = 0; t < HALF; t += 4) {
+        for (int t = 0; t < HALF && !lane.idle; t += 4) {
             float step[4], inflow[4], out[4];
             four<HALF>(step, s.steps, lane, t);
             four<HALF>(inflow, s.inflow, lane, t);
@@ -597,7 +599,7 @@ __device__ __forceinline__ void states_behind(float4* starts, BackwardShared& s,
         matrix.deal(s.B, nullptr, block, begin);
         load_resets(s.resets, p, block, begin, CHUNK);
         __syncthreads();
-        for (int t = 0; t < CHUNK; t += 4) step_on(h, s, lane, A, t);
+        for (int t = 0; t < CHUNK && !lane.idle; t += 4) step_on(h, s, lane, A, t);
         __syncthreads();
     }
 }
@@ -670,85 +672,87 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
         }
         __syncthreads();
 
-        for (int t = 0; t < CHUNK; t += 4) {
+        for (int t = 0; t < CHUNK && !lane.idle; t += 4) {
             if (t % TILE == 0) s.starts[t / TILE * THREADS + threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
             step_on(h, s, lane, A, t);
         }
 
         for (int t = CHUNK - TILE; t >= 0; t -= TILE) {
             if (begin + t >= block.last) continue;  // the same in all threads
-            float4 v = s.starts[t / TILE * THREADS + threadIdx.x];
-            float decay[TILE][4], before[TILE + 1][4];
-            before[0][0] = v.x, before[0][1] = v.y, before[0][2] = v.z, before[0][3] = v.w;
-#pragma unroll
-            for (int first = 0; first < TILE; first += 4) {
-                float step[4], inflow[4];
-                four<CHUNK>(step, s.steps, lane, t + first);
-                four<CHUNK>(inflow, s.inflow, lane, t + first);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int k = first + i;
-                    float B[4];
-                    four_n(B, s.B, lane, t + k);
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        decay[k][j] = ex2(step[i] * A[j]);
-#if PACKED
-                        if (s.resets[t + k]) decay[k][j] = 0.0f;
-#endif
-                        before[k + 1][j] = fmaf(decay[k][j], before[k][j], inflow[i] * B[j]);
-                    }
-                }
-            }
             float products[4][4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
                 for (int k = 0; k < 4; k++) products[j][k] = 0.0f;
+            if (!lane.idle) {
+                float4 v = s.starts[t / TILE * THREADS + threadIdx.x];
+                float decay[TILE][4], before[TILE + 1][4];
+                before[0][0] = v.x, before[0][1] = v.y, before[0][2] = v.z, before[0][3] = v.w;
 #pragma unroll
-            for (int first = TILE - 4; first >= 0; first -= 4) {
-                float step[4], inflow[4], dout[4], dinflow[4], dstep[4], out[4], dB[2][4], dC[2][4];
-                four<CHUNK>(step, s.steps, lane, t + first);
-                four<CHUNK>(inflow, s.inflow, lane, t + first);
-                four<CHUNK>(dout, s.dout, lane, t + first);
+                for (int first = 0; first < TILE; first += 4) {
+                    float step[4], inflow[4];
+                    four<CHUNK>(step, s.steps, lane, t + first);
+                    four<CHUNK>(inflow, s.inflow, lane, t + first);
 #pragma unroll
-                for (int i = 3; i >= 0; i--) {
-                    int k = first + i;
-                    float B[4], C[4];
-                    four_n(B, s.B, lane, t + k);
-                    four_n(C, s.C, lane, t + k);
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float g = fmaf(C[j], dout[i], e[j]);
-                        dinflow[i] = j ? fmaf(g, B[j], dinflow[i]) : g * B[j];
-                        e[j] = decay[k][j] * g;
-                        float q = e[j] * before[k][j];  // gradient of the decay, times it
-                        dstep[i] = j ? fmaf(q, A[j], dstep[i]) : q * A[j];
-                        dA[j] = fmaf(q, step[i], dA[j]);
-#if GATED
-                        out[i] = j ? fmaf(before[k + 1][j], C[j], out[i]) : before[k + 1][j] * C[j];
-#endif
-                        dB[i & 1][j] = g * inflow[i], dC[i & 1][j] = dout[i] * before[k + 1][j];
-                    }
-                    if (i % 2 == 0)
+                    for (int i = 0; i < 4; i++) {
+                        int k = first + i;
+                        float B[4];
+                        four_n(B, s.B, lane, t + k);
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
-#if ELEMENT == 1
-                            add_over_channels(products[j], dB[0][j], dC[0][j], dB[1][j], dC[1][j], selects[k], selects[k + 1]);
-#else
-                            // TF32 keeps the first half of a float32; the rest goes through in a second product.
-                            float high[4] = {high_part(dB[0][j]), high_part(dC[0][j]), high_part(dB[1][j]), high_part(dC[1][j])};
-                            add_over_channels(products[j], high[0], high[1], high[2], high[3], selects[k], selects[k + 1]);
-                            add_over_channels(products[j], dB[0][j] - high[0], dC[0][j] - high[1], dB[1][j] - high[2],
-                                              dC[1][j] - high[3], selects[k], selects[k + 1]);
+                            decay[k][j] = ex2(step[i] * A[j]);
+#if PACKED
+                            if (s.resets[t + k]) decay[k][j] = 0.0f;
 #endif
+                            before[k + 1][j] = fmaf(decay[k][j], before[k][j], inflow[i] * B[j]);
                         }
+                    }
                 }
-                add_over_lanes<CHUNK>(s.inflow, dinflow, lane, t + first);
-                add_over_lanes<CHUNK>(s.dout, dstep, lane, t + first);
+#pragma unroll
+                for (int first = TILE - 4; first >= 0; first -= 4) {
+                    float step[4], inflow[4], dout[4], dinflow[4], dstep[4], out[4], dB[2][4], dC[2][4];
+                    four<CHUNK>(step, s.steps, lane, t + first);
+                    four<CHUNK>(inflow, s.inflow, lane, t + first);
+                    four<CHUNK>(dout, s.dout, lane, t + first);
+#pragma unroll
+                    for (int i = 3; i >= 0; i--) {
+                        int k = first + i;
+                        float B[4], C[4];
+                        four_n(B, s.B, lane, t + k);
+                        four_n(C, s.C, lane, t + k);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            float g = fmaf(C[j], dout[i], e[j]);
+                            dinflow[i] = j ? fmaf(g, B[j], dinflow[i]) : g * B[j];
+                            e[j] = decay[k][j] * g;
+                            float q = e[j] * before[k][j];  // gradient of the decay, times it
+                            dstep[i] = j ? fmaf(q, A[j], dstep[i]) : q * A[j];
+                            dA[j] = fmaf(q, step[i], dA[j]);
 #if GATED
-                add_over_lanes<CHUNK>(s.ungated, out, lane, t + first);
+                            out[i] = j ? fmaf(before[k + 1][j], C[j], out[i]) : before[k + 1][j] * C[j];
 #endif
+                            dB[i & 1][j] = g * inflow[i], dC[i & 1][j] = dout[i] * before[k + 1][j];
+                        }
+                        if (i % 2 == 0)
+#pragma unroll
+                            for (int j = 0; j < 4; j++) {
+#if ELEMENT == 1
+                                add_over_channels(products[j], dB[0][j], dC[0][j], dB[1][j], dC[1][j], selects[k], selects[k + 1]);
+#else
+                                // TF32 keeps the first half of a float32; the rest goes through in a second product.
+                                float high[4] = {high_part(dB[0][j]), high_part(dC[0][j]), high_part(dB[1][j]), high_part(dC[1][j])};
+                                add_over_channels(products[j], high[0], high[1], high[2], high[3], selects[k], selects[k + 1]);
+                                add_over_channels(products[j], dB[0][j] - high[0], dC[0][j] - high[1], dB[1][j] - high[2],
+                                                  dC[1][j] - high[3], selects[k], selects[k + 1]);
+#endif
+                            }
+                    }
+                    add_over_lanes<CHUNK>(s.inflow, dinflow, lane, t + first);
+                    add_over_lanes<CHUNK>(s.dout, dstep, lane, t + first);
+#if GATED
+                    add_over_lanes<CHUNK>(s.ungated, out, lane, t + first);
+#endif
+                }
             }
             float* buffer = s.sums[t / TILE & 1];
             float* sums = buffer + threadIdx.x / 32 * SUMS + threadIdx.x % 4 * 2 * SUM_PITCH + threadIdx.x % 32 / 4 * 4;
