@@ -256,7 +256,8 @@ def profiled(call: Callable[[], Any]) -> dict[str, Any]:
         for _ in range(PROFILED_STEPS):
             call()
         torch.cuda.synchronize()
-    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    events = found.key_averages()
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     per_step = 1e3 * PROFILED_STEPS
     return {
