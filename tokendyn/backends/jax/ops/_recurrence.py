@@ -23,12 +23,12 @@ from tokendyn.backends.jax.ops._arguments import (
 
 
 class Recurrence(Protocol):
-    """``h_l = exp(Δ_l A) h_{l-1} + B_l x_l``, ``y_l = ⟨C_l, h_l⟩``: Eq. (1) of paper 1."""
+    """``h_l = exp(Δ_l A) h_{l-1} + B_l Δ_l u_l``, ``y_l = ⟨C_l, h_l⟩``: Eq. (1) of paper 1."""
 
     def __call__(
         self,
         step: jax.Array,
-        x: jax.Array,
+        u: jax.Array,
         A: jax.Array,
         B: jax.Array,
         C: jax.Array,
@@ -39,7 +39,7 @@ class Recurrence(Protocol):
         """y (b, G, c, L) and the last state, all in the dtype of states.
 
         Args:
-            step, x: (b, G, c, L), G groups of c channels; x holds Δ u.
+            step, u: (b, G, c, L), G groups of c channels.
             A: (G, N, c), or (G, 1, c) in the scalar form.
             B, C: (b, G, N, L).
             h: (b, G, N, c).
@@ -77,7 +77,7 @@ def scan_by(
         h = widen(initial_state).reshape(batch, groups, channels, state).mT
     y, h = recurrence(
         step.reshape(batch, groups, channels, -1),
-        (step * x).reshape(batch, groups, channels, -1),
+        x.reshape(batch, groups, channels, -1),
         widen(A).reshape(groups, channels, -1).mT,
         B,
         C,

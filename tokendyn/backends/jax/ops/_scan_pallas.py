@@ -35,7 +35,7 @@ class Tiling:
     """
 
     chunk: int = 128
-    tile: int = 8
+    tile: int = 4
     elements: int = 256
     warps: int = 1
     interpret: bool = False
@@ -155,10 +155,13 @@ class _Launch:
 
 @dataclass(frozen=True)
 class _Padded:
-    """The recurrence's arguments as kernels want them: whole blocks, time before channels, states last."""
+    """The recurrence's arguments as kernels want them: whole blocks, time before channels, states last.
+
+    u is in the dtype in which it was given, in which it takes less time to read; nothing is lost by it.
+    """
 
     step: jax.Array
-    x: jax.Array
+    u: jax.Array
     A: jax.Array
     B: jax.Array
     C: jax.Array
@@ -172,12 +175,13 @@ def _rows(v: jax.Array, *sizes: int) -> jax.Array:
 
 def _prepare(
     step: jax.Array,
-    x: jax.Array,
+    u: jax.Array,
     A: jax.Array,
     B: jax.Array,
     C: jax.Array,
     starts: jax.Array | None,
     tiling: Tiling,
+    narrow: Any,
 ) -> tuple[_Padded, _Launch]:
     batch, groups, channels, tokens = step.shape
     cut = _cut(batch * groups, groups, channels, B.shape[2], tokens, tiling)
@@ -187,7 +191,7 @@ def _prepare(
         kept = _padded(jnp.where(starts, 0, 1).astype(step.dtype), batch, cut.tokens, value=1)
     padded = _Padded(
         _rows(step, cut.tokens, cut.channels),
-        _rows(x, cut.tokens, cut.channels),
+        _rows(u.astype(narrow), cut.tokens, cut.channels),
         _padded(A.mT, groups, cut.channels, width),
         _rows(B, cut.tokens, cut.state),
         _rows(C, cut.tokens, cut.state),
@@ -198,33 +202,35 @@ def _prepare(
 
 def recurrence(
     step: jax.Array,
-    x: jax.Array,
+    u: jax.Array,
     A: jax.Array,
     B: jax.Array,
     C: jax.Array,
     h: jax.Array,
     starts: jax.Array | None,
     tiling: Tiling = Tiling(),
+    narrow: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-    """See :class:`~tokendyn.backends.jax.ops._recurrence.Recurrence`."""
-    return _forward(step, x, A, B, C, h, starts, tiling)[:2]
+    """See :class:`~tokendyn.backends.jax.ops._recurrence.Recurrence`; ``narrow`` is a dtype that holds u exactly."""
+    return _forward(step, u, A, B, C, h, starts, tiling, narrow)[:2]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7, 8))
 def _forward(
     step: jax.Array,
-    x: jax.Array,
+    u: jax.Array,
     A: jax.Array,
     B: jax.Array,
     C: jax.Array,
     h: jax.Array,
     starts: jax.Array | None,
     tiling: Tiling,
+    narrow: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y, the last state, and the state before every chunk, padded, for the reverse pass."""
-    p, launch = _prepare(step, x, A, B, C, starts, tiling)
+    p, launch = _prepare(step, u, A, B, C, starts, tiling, narrow)
     cut = launch.cut
-    shared = [(p.step, launch.by_channel), (p.x, launch.by_channel), (p.A, launch.rates), (p.B, launch.by_state)]
+    shared = [(p.step, launch.by_channel), (p.u, launch.by_channel), (p.A, launch.rates), (p.B, launch.by_state)]
     kept = (p.kept, launch.kept)
     (end,) = launch(kernels.ends, [*shared, kept], [(launch.bound_shape, launch.bound)])
     first = _rows(h, cut.channels, cut.state)
@@ -251,7 +257,7 @@ def _by_state(v: jax.Array, like: jax.Array) -> jax.Array:
 
 def _backward(
     step: jax.Array,
-    x: jax.Array,
+    u: jax.Array,
     A: jax.Array,
     B: jax.Array,
     C: jax.Array,
@@ -261,26 +267,27 @@ def _backward(
     dy: jax.Array,
     dlast: jax.Array,
     tiling: Tiling,
+    narrow: Any,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of step, x, A, B, C, h from those of y and the last state."""
-    p, launch = _prepare(step, x, A, B, C, starts, tiling)
+    """The gradients of step, u, A, B, C, h from those of y and the last state."""
+    p, launch = _prepare(step, u, A, B, C, starts, tiling, narrow)
     cut = launch.cut
     dy = _rows(dy, cut.tokens, cut.channels)
     of_step, rates, kept = (p.step, launch.by_channel), (p.A, launch.rates), (p.kept, launch.kept)
-    of_x, of_B, of_C = (p.x, launch.by_channel), (p.B, launch.by_state), (p.C, launch.by_state)
+    of_u, of_B, of_C = (p.u, launch.by_channel), (p.B, launch.by_state), (p.C, launch.by_state)
     of_dy = (dy, launch.by_channel)
     (end,) = launch(kernels.reverse_ends, [of_step, of_dy, rates, of_C, kept], [(launch.bound_shape, launch.bound)])
     after, dfirst = launch.carry(p, end, _rows(dlast, cut.channels, cut.state), reverse=True)
     states_shape = (cut.rows, cut.chunks, launch.tiles, cut.channels, cut.state)
     (states,) = launch(
         kernels.tile_states,
-        [of_step, of_x, rates, of_B, kept, (before, launch.bound)],
+        [of_step, of_u, rates, of_B, kept, (before, launch.bound)],
         [(states_shape, launch.inner)],
     )
     maps_shape = (cut.rows, cut.blocks, cut.tokens, cut.state)
-    dstep, dx, dA, dB, dC = launch(
+    dstep, du, dA, dB, dC = launch(
         kernels.gradients,
-        [of_step, of_x, rates, of_B, of_C, of_dy, kept, (states, launch.inner), (after, launch.bound)],
+        [of_step, of_u, rates, of_B, of_C, of_dy, kept, (states, launch.inner), (after, launch.bound)],
         [
             (launch.channel_shape, launch.by_channel),
             (launch.channel_shape, launch.by_channel),
@@ -299,7 +306,7 @@ def _backward(
 
     return (
         _by_channel(dstep, step),
-        _by_channel(dx, x),
+        _by_channel(du, u),
         dA,
         of_maps(dB),
         of_maps(dC),
@@ -308,16 +315,16 @@ def _backward(
 
 
 @_forward.defjvp
-def _changes(tiling: Tiling, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    step, x, A, B, C, h, starts = primals
-    *outputs, before = _forward(step, x, A, B, C, h, starts, tiling)
+def _changes(tiling: Tiling, narrow: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    step, u, A, B, C, h, starts = primals
+    *outputs, before = _forward(step, u, A, B, C, h, starts, tiling, narrow)
     before = jax.lax.stop_gradient(before)  # how a system is solved has no derivative
 
     def apply(p: Any) -> Any:
-        return list(jax.jvp(functools.partial(_scan_xla.recurrence, starts=starts), (step, x, A, B, C, h), p)[1])
+        return list(jax.jvp(functools.partial(_scan_xla.recurrence, starts=starts), (step, u, A, B, C, h), p)[1])
 
     def transpose(dy: jax.Array, dlast: jax.Array) -> Any:
-        return _backward(step, x, A, B, C, h, starts, before, dy, dlast, tiling)
+        return _backward(step, u, A, B, C, h, starts, before, dy, dlast, tiling, narrow)
 
     return (*outputs, before), (*change_of(outputs, tangents[:6], apply, transpose), jnp.zeros_like(before))
 
@@ -326,4 +333,4 @@ def _changes(tiling: Tiling, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 def run(*, tiling: Tiling = Tiling(), **arguments: Any) -> tuple[jax.Array, jax.Array]:
     """Output and last state; ``arguments`` are those of :func:`~tokendyn.backends.jax.ops._recurrence.scan_by`."""
 
-    return scan_by(functools.partial(recurrence, tiling=tiling), **arguments)
+    return scan_by(functools.partial(recurrence, tiling=tiling, narrow=arguments["u"].dtype), **arguments)

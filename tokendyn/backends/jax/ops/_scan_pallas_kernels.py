@@ -5,8 +5,9 @@ Chunks run in parallel: ``ends`` (or ``reverse_ends``) walks each from a state o
 chunks, and ``outputs`` (or ``gradients``) walks again from the true state. Every array is padded to whole blocks
 beforehand, so that nothing is masked; tiles have sizes of powers of two, as Triton wants it.
 
-Arguments are references to blocks: step, x, y and their gradients (tokens, channels), A (channels, N or 1), B and C
-(tokens, N), kept (tokens,) 0 where a sequence begins and the state is reset, else 1, or None.
+Arguments are references to blocks: step, u, y and their gradients (tokens, channels), A (channels, N or 1), B and C
+(tokens, N), kept (tokens,) 0 where a sequence begins and the state is reset, else 1, or None. Sums are made in the
+dtype of step; u may be narrower.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ def _outer(x: jax.Array, B: jax.Array) -> jax.Array:
     return x[:, None] * B[None, :]
 
 
-def ends(step: Any, x: Any, A: Any, B: Any, kept: Any, end: Any) -> None:
+def _inflow(step: Any, u: Any, l: Any) -> jax.Array:
+    """``Δ_l u_l`` (channels,)."""
+    return step[l, :] * u[l, :].astype(step.dtype)
+
+
+def ends(step: Any, u: Any, A: Any, B: Any, kept: Any, end: Any) -> None:
     """The state after the chunk when that before it is 0."""
     rates = A[...]
 
     def token(l: Any, h: jax.Array) -> jax.Array:
-        return _decay(step, rates, kept, l) * h + _outer(x[l, :], B[l, :])
+        return _decay(step, rates, kept, l) * h + _outer(_inflow(step, u, l), B[l, :])
 
     end[...] = jax.lax.fori_loop(0, step.shape[0], token, jnp.zeros(end.shape, end.dtype))
 
@@ -71,19 +77,19 @@ def carry(total: Any, A: Any, kept: Any, end: Any, first: Any, before: Any, last
     last[...] = jax.lax.fori_loop(0, chunks, chunk, first[...])
 
 
-def outputs(step: Any, x: Any, A: Any, B: Any, C: Any, kept: Any, before: Any, y: Any) -> None:
+def outputs(step: Any, u: Any, A: Any, B: Any, C: Any, kept: Any, before: Any, y: Any) -> None:
     """The outputs of a chunk from the state before it."""
     rates = A[...]
 
     def token(l: Any, h: jax.Array) -> jax.Array:
-        h = _decay(step, rates, kept, l) * h + _outer(x[l, :], B[l, :])
+        h = _decay(step, rates, kept, l) * h + _outer(_inflow(step, u, l), B[l, :])
         y[l, :] = jnp.sum(h * C[l, :][None, :], axis=1)
         return h
 
     jax.lax.fori_loop(0, step.shape[0], token, before[...])
 
 
-def tile_states(step: Any, x: Any, A: Any, B: Any, kept: Any, before: Any, states: Any) -> None:
+def tile_states(step: Any, u: Any, A: Any, B: Any, kept: Any, before: Any, states: Any) -> None:
     """The states before every tile of a chunk, from the state before the chunk: (tiles, channels, N)."""
     rates, tiles = A[...], states.shape[0]
     size = step.shape[0] // tiles
@@ -93,7 +99,7 @@ def tile_states(step: Any, x: Any, A: Any, B: Any, kept: Any, before: Any, state
 
         def token(k: Any, h: jax.Array) -> jax.Array:
             l = t * size + k
-            return _decay(step, rates, kept, l) * h + _outer(x[l, :], B[l, :])
+            return _decay(step, rates, kept, l) * h + _outer(_inflow(step, u, l), B[l, :])
 
         return jax.lax.fori_loop(0, size, token, h)
 
@@ -101,20 +107,20 @@ def tile_states(step: Any, x: Any, A: Any, B: Any, kept: Any, before: Any, state
 
 
 def gradients(
-    step: Any, x: Any, A: Any, B: Any, C: Any, dy: Any, kept: Any, states: Any, after: Any,
-    dstep: Any, dx: Any, dA: Any, dB: Any, dC: Any,
+    step: Any, u: Any, A: Any, B: Any, C: Any, dy: Any, kept: Any, states: Any, after: Any,
+    dstep: Any, du: Any, dA: Any, dB: Any, dC: Any,
 ) -> None:  # fmt: skip
     """All gradients of a chunk, from the last token to the first; the states of a tile are remade in registers.
 
     With g the gradient of the state after a token and e of that before it::
 
-        g_l = C_l dy_l + e_{l+1},  e_l = a_l g_l,  w_l = e_l h_{l-1}
-        dx_l = Σ_n B_ln g_ln,  dΔ_l = Σ_n A_n w_ln,  dB_l = Σ_d x_l g_l,  dC_l = Σ_d dy_l h_l,  dA = Σ_l Δ_l w_l
+        g_l = C_l dy_l + e_{l+1},  e_l = a_l g_l,  w_l = e_l h_{l-1},  v_l = Σ_n B_ln g_ln
+        du_l = Δ_l v_l,  dΔ_l = u_l v_l + Σ_n A_n w_ln,  dB_l = Σ_d Δ_l u_l g_l,  dC_l = Σ_d dy_l h_l,  dA = Σ_l Δ_l w_l
 
     Args:
         states: (tiles, channels, N) of :func:`tile_states`.
         after: (channels, N) the gradient of the state after the chunk.
-        dstep, dx: (tokens, channels), written.
+        dstep, du: (tokens, channels), written.
         dA: (channels, N or 1), dB, dC: (tokens, N), of this chunk and these channels, written.
     """
     rates, tiles = A[...], states.shape[0]
@@ -126,16 +132,17 @@ def gradients(
         path = [states[t, :, :]]
         for k in range(size):
             l = t * size + k
-            path.append(_decay(step, rates, kept, l) * path[-1] + _outer(x[l, :], B[l, :]))
+            path.append(_decay(step, rates, kept, l) * path[-1] + _outer(_inflow(step, u, l), B[l, :]))
         for k in reversed(range(size)):
             l = t * size + k
             g = e + _outer(dy[l, :], C[l, :])
-            dx[l, :] = jnp.sum(g * B[l, :][None, :], axis=1)
-            dB[l, :] = jnp.sum(g * x[l, :][:, None], axis=0)
+            v = jnp.sum(g * B[l, :][None, :], axis=1)
+            du[l, :] = step[l, :] * v
+            dB[l, :] = jnp.sum(g * _inflow(step, u, l)[:, None], axis=0)
             dC[l, :] = jnp.sum(path[k + 1] * dy[l, :][:, None], axis=0)
             e = _decay(step, rates, kept, l) * g
             w = e * path[k]
-            dstep[l, :] = jnp.sum(w * rates, axis=1)
+            dstep[l, :] = u[l, :].astype(step.dtype) * v + jnp.sum(w * rates, axis=1)
             dA_sum = dA_sum + w * step[l, :][:, None]
         return e, dA_sum
 

@@ -27,10 +27,10 @@ _einsum = functools.partial(jnp.einsum, precision=EXACT)
 
 
 def recurrence(
-    step: jax.Array, x: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, h: jax.Array, starts: jax.Array | None
+    step: jax.Array, u: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, h: jax.Array, starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """See :class:`~tokendyn.backends.jax.ops._recurrence.Recurrence`."""
-    length = x.shape[-1]
+    x, length = step * u, u.shape[-1]
     chunks = -(-length // CHUNK)
     size = -(-length // chunks)
 
