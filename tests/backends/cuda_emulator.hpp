@@ -4,11 +4,9 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #define EMULATED
 #define __device__
@@ -18,8 +16,10 @@
 #define __grid_constant__
 #define __shared__
 
-using std::max;
-using std::min;
+template <typename T>
+T max(T a, T b) { return a < b ? b : a; }
+template <typename T>
+T min(T a, T b) { return b < a ? b : a; }
 
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
@@ -37,7 +37,7 @@ namespace fibres {
 constexpr int count = THREADS, stack_bytes = 1 << 17;
 static ucontext_t context;
 static jmp_buf scheduler, waiting[count];  // a jump costs no system call, where swapcontext costs two
-static std::vector<char> stacks(static_cast<size_t>(count) * stack_bytes);
+static char stacks[static_cast<size_t>(count) * stack_bytes];
 static enum { NEW, WAITING, DONE } state[count];
 
 static void wait_turn() {
@@ -68,7 +68,7 @@ void run_block(F kernel) {
         if (state[turn] == WAITING) _longjmp(waiting[turn], 1);
         state[turn] = WAITING;
         getcontext(&context);
-        context.uc_stack.ss_sp = stacks.data() + static_cast<size_t>(turn) * stack_bytes;
+        context.uc_stack.ss_sp = stacks + static_cast<size_t>(turn) * stack_bytes;
         context.uc_stack.ss_size = stack_bytes;
         makecontext(&context, (void (*)()) + [] { (*running)(), state[threadIdx.x] = DONE, left--, _longjmp(scheduler, 1); }, 0);
         setcontext(&context);

@@ -73,8 +73,9 @@ def softsort_kernels(length: int, slabs: int, element: int) -> list[_softsort_cu
     ]
     if length <= _softsort_cuda.SPAN:
         return both
-    ends = [_softsort_cuda.across_channels("ends", length, slabs, element, two == 0, two == 1) for two in (0, 1)]
-    return [*both, *ends, _softsort_cuda.summing("arrange"), _softsort_cuda.summing("finish")]
+    ends = [_softsort_cuda.across_channels("ends", length, slabs, element, not two, two) for two in (False, True)]
+    single = [_softsort_cuda.joining(True), _softsort_cuda.summing("arrange"), _softsort_cuda.summing("finish")]
+    return [*both, *ends, *single]
 
 
 @pytest.mark.parametrize(("capability", "length", "element"), [((8, 0), 4096, 0), ((9, 0), 196, 2), ((9, 0), 49, 1)])

@@ -143,7 +143,7 @@ def test_what_the_kernels_decline():
     assert reason() is None
     assert reason(power=2, length=16384) is None
     assert "power is 1.5" in reason(power=1.5)
-    assert "L = 196 exceeds 64, where power 1 takes less time in linear form" in reason(length=196)
+    assert "L = 384 exceeds 256, where power 1 takes less time in linear form" in reason(length=384)
     assert "float64" in reason(dtype=torch.float64)
     assert "torch.func" in reason(transformed=True)
     assert "on cpu" in reason(device="cpu")

@@ -15,9 +15,9 @@
 // them, whose tokens all lie in its registers. So a token is read once: each segment is summed up from both ends, the sums
 // of the segments before and after it are taken in, and the scans are made. The block goes through its channels SLABS * 32
 // at a time. Where a sequence is one span, its block sorts it first (`product`) and finishes the gradient of its scores
-// (`gradients`, if it has all channels): a launch each. Longer ones are arranged first, and `ends` sums up whole spans.
+// (`gradients`, if it has all channels): a launch each. Longer ones are arranged first, `ends` sums up whole spans and `join` what there is before each.
 //
-// Compiled at run time, one kernel at a time: PRODUCT, GRADIENTS, ENDS, ARRANGE or FINISH is defined. ELEMENT is 0 float32,
+// Compiled at run time, one kernel at a time: PRODUCT, GRADIENTS, ENDS, JOIN, ARRANGE or FINISH is defined. ELEMENT is 0 float32,
 // 1 bfloat16, 2 float16; ORDERED whether `a` is read through the order, where `b` and `out` are not, or the other way; TWO
 // whether there is a `b`; LONG whether there are several spans. Stands after `struct Args`, _cuda_numbers.cu and _softsort_cuda_sums.cu.
 
@@ -182,31 +182,15 @@ struct Values {
     }
 };
 
-// Where the sums of whole spans are kept: all or strict ones.
-__device__ __forceinline__ float* span_end(const Args& p, const Unit& unit, int span, int after, int n, bool strict, int channel) {
+// Where what a span starts or ends with is kept for a channel: all sums or strict ones.
+__device__ __forceinline__ float* at_span(const Args& p, i64 batch, int span, int after, int n, bool strict, int channel) {
     int kinds = 1 + TWO, field = (after * ARRAYS + n) * kinds + strict;
-    return (float*)p.ends + ((unit.batch * p.spans + span) * 2 * ARRAYS * kinds + field) * p.slabs * 32 + channel;
-}
-
-// The sums of an array over all spans before (after) that of the block.
-__device__ __forceinline__ Sums<1> spans_before(const Args& p, const Unit& unit, const float* placed, int after, int n, int channel) {
-    Sums<1> sums, own;
-    sums.clear(), own.clear();
-    int step = after ? -1 : 1, last = (int)p.length - 1;
-#pragma unroll 8
-    for (int span = after ? (int)p.spans - 1 : 0; span != unit.span; span += step) {
-        int first = span * SPAN, stop = min(first + SPAN, last + 1);
-        float k = decay(p, after ? placed[first] - placed[min(stop, last)] : placed[stop - 1] - placed[max(first - 1, 0)]);
-        own.all[0] = *span_end(p, unit, span, after, n, false, channel);
-        if (TWO) own.strict[0] = *span_end(p, unit, span, after, n, true, channel);
-        sums.join(k, own);
-    }
-    return sums;
+    return (float*)p.ends + ((batch * p.spans + span) * 2 * ARRAYS * kinds + field) * p.slabs * 32 + channel;
 }
 
 // Loads the warp's values and makes of its sums, and those of the other warps, what there is before and after its tokens;
 // or notes the sums of the span. For all threads of a block; true where the warp has tokens and channels.
-__device__ __forceinline__ bool begin(const Args& p, const Unit& unit, const float* placed, int base, Shared& shared, Values& values, Sums<ARRAYS> (&sums)[2]) {
+__device__ __forceinline__ bool begin(const Args& p, const Unit& unit, int base, Shared& shared, Values& values, Sums<ARRAYS> (&sums)[2]) {
     int slab = base + unit.beside;
     bool busy = slab < unit.stop && unit.tokens > 0;
     sums[0].clear(), sums[1].clear();
@@ -231,7 +215,8 @@ __device__ __forceinline__ bool begin(const Args& p, const Unit& unit, const flo
         Sums<1> before, own;
         before.clear();
 #if LONG && !defined ENDS
-        before = spans_before(p, unit, placed, after, n, channel);
+        before.all[0] = *at_span(p, unit.batch, unit.span, after, n, false, channel);
+        if (TWO) before.strict[0] = *at_span(p, unit.batch, unit.span, after, n, true, channel);
 #endif
 #pragma unroll 8
         for (int i = 0; i < SEGMENTS; i++) {
@@ -241,8 +226,8 @@ __device__ __forceinline__ bool begin(const Args& p, const Unit& unit, const flo
             if (h * RUN < unit.count) before.join(shared.k[after][h], own);
         }
 #ifdef ENDS
-        *span_end(p, unit, unit.span, after, n, false, channel) = before.all[0];
-        if (TWO) *span_end(p, unit, unit.span, after, n, true, channel) = before.strict[0];
+        *at_span(p, unit.batch, unit.span, after, n, false, channel) = before.all[0];
+        if (TWO) *at_span(p, unit.batch, unit.span, after, n, true, channel) = before.strict[0];
 #endif
     }
     __syncthreads();
@@ -264,7 +249,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) ends(const __grid
     take_places(p, unit, at, shared);
     Values values;
     Sums<ARRAYS> sums[2];
-    for (int base = unit.slab; base < unit.stop; base += SLABS) begin(p, unit, at.placed, base, shared, values, sums);
+    for (int base = unit.slab; base < unit.stop; base += SLABS) begin(p, unit, base, shared, values, sums);
+}
+#endif
+
+#ifdef JOIN
+#define AHEAD 8
+// Puts in the place of spans' sums what there is before (after) each; a thread has an array's channel and an end.
+extern "C" __global__ void __launch_bounds__(THREADS) join(const __grid_constant__ Args p) {
+    i64 index = (i64)blockIdx.x * THREADS + threadIdx.x, channels = p.slabs * 32, batch = index / (channels * 2 * ARRAYS);
+    int channel = (int)(index % channels), which = (int)(index / channels % (2 * ARRAYS)), after = which % 2, n = which / 2;
+    if (batch >= p.batch) return;
+    int spans = (int)p.spans, last = (int)p.length - 1;
+    const float* placed = sequence(p, batch).placed;
+    Sums<1> before, own[AHEAD];
+    before.clear();
+    for (int from = 0; from < spans; from += AHEAD) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            int i = min(from + k, spans - 1), span = after ? spans - 1 - i : i;
+            own[k].clear();
+            own[k].all[0] = *at_span(p, batch, span, after, n, false, channel);
+            if (TWO) own[k].strict[0] = *at_span(p, batch, span, after, n, true, channel);
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            int i = from + k, span = after ? spans - 1 - i : i;
+            if (i >= spans) break;
+            *at_span(p, batch, span, after, n, false, channel) = before.all[0];
+            if (TWO) *at_span(p, batch, span, after, n, true, channel) = before.strict[0];
+            int first = span * SPAN, stop = min(first + SPAN, last + 1);
+            before.join(decay(p, after ? placed[first] - placed[min(stop, last)] : placed[stop - 1] - placed[max(first - 1, 0)]), own[k]);
+        }
+    }
 }
 #endif
 
@@ -305,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) product(const __g
     Sums<1> sums[2];
     for (int base = unit.slab; base < unit.stop; base += SLABS) {
         int slab = base + unit.beside, channel = slab * 32 + unit.lane;
-        if (begin(p, unit, at.placed, base, shared, values, sums)) {
+        if (begin(p, unit, base, shared, values, sums)) {
             float result[RUN];
 #pragma unroll
             for (int k = 0; k < RUN; k++) sums[0].move(places[k].k), result[k] = sums[0].all[0], values.add_to(sums[0], k);
@@ -367,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) gradients(const _
     float added[3] = {0.0f, 0.0f, 0.0f};  // a lane's token of the warp, over the warp's channels
     for (int base = unit.slab; base < unit.stop; base += SLABS) {
         int slab = base + unit.beside, channel = slab * 32 + unit.lane;
-        if (begin(p, unit, at.placed, base, shared, values, sums)) {
+        if (begin(p, unit, base, shared, values, sums)) {
             float result[RUN], slope[RUN], forth[RUN];
 #if ORDERED
             float back[RUN];

@@ -27,6 +27,8 @@ SPAN = math.prod(RUNS[-1])
 COUNTED = 1024
 #: Threads of a block that sees single numbers a token.
 SUMMING = 1024
+#: Threads of a block that joins spans: few, so that there are blocks enough.
+JOINING = 64
 #: Multiprocessors of an H100. Channels are divided among so many blocks as fill them.
 PROCESSORS = 132
 
@@ -92,6 +94,17 @@ def across_channels(kernel: str, length: int, slabs: int, element: int, ordered:
         "SORTED": span, "SHARED_BYTES": shared,
     }  # fmt: skip
     return Variant(kernel, _defined(options), warps * LANES, shared, beside, at_once * PROCESSORS)
+
+
+@functools.cache
+def joining(two: bool) -> Variant:
+    """``join``, whose threads have a channel each."""
+    run, segments = RUNS[-1]
+    options = {
+        "JOIN": 1, "ELEMENT": 0, "ORDERED": 0, "TWO": int(two), "LONG": 1, "RUN": run, "SEGMENTS": segments, "SLABS": 1,
+        "THREADS": JOINING, "SORTED": SPAN, "SHARED_BYTES": 48 << 10,
+    }  # fmt: skip
+    return Variant("join", _defined(options), JOINING, 0)
 
 
 def _defined(options: dict[str, int]) -> tuple[str, ...]:
@@ -172,10 +185,13 @@ class _Plan:
         return variant, self.batch * self.spans * parts
 
     def ends(self, two: bool) -> None:
-        """The sums of whole spans, where there are several."""
+        """What spans of tokens start and end with, where there are several."""
         if self.spans > 1:
             self.give(ends=self.floats(self.batch, self.spans, 8 if two else 2, self.slabs * LANES))
-            self.run(*self.divide("ends", two))
+            variant, blocks = self.divide("ends", two)
+            self.run(variant, blocks)
+            threads = self.batch * (4 if two else 2) * self.slabs * LANES
+            self.run(joining(two), -(-threads // JOINING))
 
     def product(self) -> None:
         self.ends(two=False)
