@@ -64,9 +64,9 @@ def _side_by_side(t: torch.Tensor, along: int, run: int) -> bool:
     return not any(stride % in_word for axis, stride in enumerate(strides) if axis != along)
 
 
-def _near(t: torch.Tensor) -> torch.Tensor:
-    """The tensor, such that elements of 96 rows and 128 tokens are within 32 bits of each other."""
-    return t if 4 * (96 * t.stride(-2) + 128 * t.stride(-1)) < 2**31 else t.contiguous()
+def _near(t: torch.Tensor, rows: int = 96) -> torch.Tensor:
+    """The tensor, such that ``rows`` rows and 128 tokens of it are within 2 GiB: with channels last where it is not."""
+    return t if 4 * (rows * t.stride(-2) + 128 * t.stride(-1)) < 2**31 else t.mT.contiguous().mT
 
 
 def _float(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -85,7 +85,7 @@ class _Plan:
         if mixed or (z is not None and z.dtype != u.dtype) or u.dtype not in _ELEMENTS:
             u, delta, B, C = (t.float() for t in (u, delta, B, C))
             z = None if z is None else z.float()
-        u, delta = _near(u), _near(delta)
+        u, delta, B, C = _near(u), _near(delta), _near(B, 32), _near(C, 32)
         self.u, self.delta = u, delta
         self.z = z = None if z is None else _near(z)
         self.scalar_A = A.shape[1] == 1
@@ -111,7 +111,7 @@ class _Plan:
             lengths=None if lengths is None else lengths.long().contiguous(),
         )  # fmt: skip
         self.give_activations(u=u, delta=delta, z=z)
-        for name, t in (("B", _near(B)), ("C", _near(C))):
+        for name, t in (("B", B), ("C", C)):
             self.give(**{name: t})
             place = PLACES[name]
             self.arguments[place + 1 : place + 5] = t.stride()
