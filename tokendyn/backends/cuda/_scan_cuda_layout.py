@@ -38,6 +38,8 @@ _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar",
 _SEGMENTED = 1.6
 #: Shared memory of an H100's multiprocessor, of which each block's share is 1,024 bytes larger than what it asks for.
 _SHARED = 228 << 10
+#: What a block may ask for on an A100.
+_LARGEST = 163 << 10
 #: Tiles of 16 channels that a block of the scalar kernels can work on.
 _MOST_TILES = 6
 
@@ -166,10 +168,10 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: in
         return -(-wanted // fit) * most * segment * (1.0 if segment >= chunks else _SEGMENTED)
 
     choices = []
-    beside = [_SHARED // (_scalar_bytes(warps, padded, most)[1] + 1024) for most in range(_MOST_TILES + 1)]
+    shared = [_scalar_bytes(warps, padded, most)[1] for most in range(_MOST_TILES + 1)]
     for most in range(min(_MOST_TILES, tiles), 0, -1):
-        if beside[most] < beside[1]:
-            continue  # fewer blocks beside each other on a multiprocessor
+        if shared[most] > _LARGEST or _SHARED // (shared[most] + 1024) < _SHARED // (shared[1] + 1024):
+            continue  # fewer blocks would be beside each other on a multiprocessor
         whole = sequences * -(-tiles // most)
         for rounds in (1, 2):
             segments = max(1, min(chunks, rounds * fit // whole))
