@@ -218,7 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     began = time.time()
-    report = head("triton", "mamba_ssm", "fla")
+    report = head("cuda.bindings", "triton", "mamba_ssm", "fla")
     rate = report["copy_bytes_per_second"]
     print(f"{report['machine']}, copy {rate / 1e12:.2f} TB/s, {report['versions']}")
     print("case | engine | forward ms eager, graph | forward + backward ms eager, graph | peak MB | largest error")
