@@ -1,7 +1,7 @@
 """The selective scan in JAX against ``jax.lax.associative_scan`` on the materialised pair of decays and inputs.
 
-    python benchmarks/scan_jax.py [--shape b d L N] [--dtype float32] [--engines xla pallas] [--json PATH]
-    python benchmarks/scan_jax.py --engines pallas --tilings 128,8,512,2 128,8,256,1   # chunk, tile, elements, warps
+    python benchmarks/scan_jax.py [--shape b d L N] [--dtype float32] [--engines xla pallas cuda] [--json PATH]
+    python benchmarks/scan_jax.py --engines pallas --tilings 128,8,512,2 128,4,256,1   # chunk, tile, elements, warps
 
 All are given the same inputs (softplus, bias and D; no gate) and checked against the associative scan in float32 first.
 Times are medians over the repeats of one compiled call, the variants taking turns; memory is what XLA allocates for
