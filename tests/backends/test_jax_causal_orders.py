@@ -86,7 +86,7 @@ def test_decoding_is_the_whole_pass(scope: str, tmp_path: Path) -> None:
 def test_orders_within_the_past_are_causal() -> None:
     models = {scope: tj.MambaLM(**LM, **SCOPES[scope], dropout=0.2, rngs=nnx.Rngs(3)) for scope in SCOPES}
     assert all(model.causal for model in models.values())
-    model = models["chunks"]  # of which alone that is not plain
+    model = models["chunks"]  # the others order within a token, and within a convolution
     found = tj.expect_causal(model, 13, perturbed=[0, 4, 5, 6, 12], modes=("train",))
     assert found.causal
     assert found.comparisons == 5 + 4
