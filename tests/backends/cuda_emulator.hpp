@@ -125,7 +125,8 @@ static float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); ret
 static unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static float reciprocal(float x) { return 1.0f / x; }
 static float ex2(float x) { return exp2f(x); }
-static void forget(int&) {}
+template <typename T>
+static void forget(T&) {}
 template <typename T>
 static void hold(T*&) {}
 static unsigned load_one(const void* p) { return *(const unsigned*)p; }

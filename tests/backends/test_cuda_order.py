@@ -108,7 +108,7 @@ FAULTS = {
         "at.placed[here] - at.placed[0]",
         "ties",
     ),
-    "a warp starts at zero": ("product", "before.join(shared.k[after][h], own)", "before.clear()", "whole"),
+    "a warp starts at zero": ("product", "before.join(k[i], own[i])", "before.clear()", "whole"),
     "a span starts at zero": ("join", "before.join(decay(", "if (false) before.join(decay(", "ties across spans"),
     "a span's ties are forgotten": (
         "gradients",

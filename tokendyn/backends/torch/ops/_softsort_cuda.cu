@@ -24,15 +24,19 @@
 #define SPAN (RUN * SEGMENTS)
 
 #ifndef EMULATED
-// Lets the compiler not see what a number is: sums of it made anew each time take fewer registers than kept ones.
-__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+// Hides from the compiler what a number is. So addresses are made anew from it, which takes fewer registers than keeping
+// them; and what is loaded is there before it is used, so that all loads are under way together.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)::"memory"); }
+__device__ __forceinline__ void forget(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
 #endif
 
 #if ELEMENT == 0
-__device__ __forceinline__ float to_float(element x) { return x; }
+__device__ __forceinline__ unsigned to_bits(element x) { return __float_as_uint(x); }
+__device__ __forceinline__ float to_float(unsigned bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ element to_element(float x) { return x; }
 #else
-__device__ __forceinline__ float to_float(element x) { return narrowed_bits_to_float(x); }
+__device__ __forceinline__ unsigned to_bits(element x) { return x; }
+__device__ __forceinline__ float to_float(unsigned bits) { return narrowed_bits_to_float(bits); }
 __device__ __forceinline__ element to_element(float x) { return (element)narrow(x); }
 #endif
 
@@ -137,10 +141,12 @@ struct Tokens {
 
     template <bool WHOLE>
     __device__ __forceinline__ void load(float (&v)[RUN], const Place* places, int tokens, bool exists) const {
-        element raw[RUN];
+        unsigned raw[RUN];
         forget(tokens);
 #pragma unroll
-        for (int k = 0; k < RUN; k++) raw[k] = at(places, WHOLE ? k : min(k, tokens - 1));
+        for (int k = 0; k < RUN; k++) raw[k] = to_bits(at(places, WHOLE ? k : min(k, tokens - 1)));
+#pragma unroll
+        for (int k = 0; k < RUN; k++) forget(raw[k]);
 #pragma unroll
         for (int k = 0; k < RUN; k++) {
             float share = THROUGH ? places[k].of_tokens : places[k].of_order;
@@ -212,18 +218,23 @@ __device__ __forceinline__ bool begin(const Args& p, const Unit& unit, int base,
     for (int task = threadIdx.x / 32; task < 2 * ARRAYS * SLABS; task += WARPS) {
         int after = task % 2, n = task / 2 % ARRAYS, beside = task / (2 * ARRAYS), channel = (base + beside) * 32 + unit.lane;
         if (base + beside >= unit.stop) continue;
-        Sums<1> before, own;
+        Sums<1> before, own[SEGMENTS];
+        float k[SEGMENTS];
         before.clear();
 #if LONG && !defined ENDS
         before.all[0] = *at_span(p, unit.batch, unit.span, after, n, false, channel);
         if (TWO) before.strict[0] = *at_span(p, unit.batch, unit.span, after, n, true, channel);
 #endif
-#pragma unroll 8
-        for (int i = 0; i < SEGMENTS; i++) {
+#pragma unroll
+        for (int i = 0; i < SEGMENTS; i++) {  // all loads are under way together
             int h = after ? SEGMENTS - 1 - i : i;
-            shared.ends.get(own.all[0], own.strict[0], after, n, beside, h, unit.lane);
-            shared.ends.put(before.all[0], before.strict[0], after, n, beside, h, unit.lane);
-            if (h * RUN < unit.count) before.join(shared.k[after][h], own);
+            k[i] = shared.k[after][h];
+            shared.ends.get(own[i].all[0], own[i].strict[0], after, n, beside, h, unit.lane);
+        }
+#pragma unroll
+        for (int i = 0; i < SEGMENTS; i++) {
+            shared.ends.put(before.all[0], before.strict[0], after, n, beside, after ? SEGMENTS - 1 - i : i, unit.lane);
+            before.join(k[i], own[i]);
         }
 #ifdef ENDS
         *at_span(p, unit.batch, unit.span, after, n, false, channel) = before.all[0];

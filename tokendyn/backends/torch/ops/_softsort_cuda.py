@@ -80,7 +80,7 @@ def across_channels(kernel: str, length: int, slabs: int, element: int, ordered:
     """``product``, ``gradients`` or ``ends``, whose warps have tokens and 32 channels, for ``slabs`` such channels."""
     run, segments = next((entry for entry in RUNS if math.prod(entry) >= length), RUNS[-1])
     few = run <= 8  # registers: more warps fit
-    at_once = 1 if kernel == "gradients" else 3 if few else 2
+    at_once = 1 if kernel == "gradients" else 2
     most_warps = 28 if few and kernel == "gradients" else 16
     rounds = -(-slabs // (most_warps // segments))
     beside = -(-slabs // rounds)
