@@ -31,7 +31,8 @@ STATE = 32
 BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
 #: Copies of dB and dC that blocks of channels add to, one after the other, for memory's sake.
 PARTS = {"general": 2, "scalar": 4}
-#: Chunks between two states that the general kernels keep, in sequences of some length: for memory's sake too.
+#: Chunks between two states that the general kernels keep, in sequences of some length: for memory's sake too. Below it
+#: there is less to spare, and more to lose by waiting: twice as many copies.
 KEPT, KEPT_FROM = 4, 1024
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
@@ -78,7 +79,8 @@ class Layout:
     @property
     def chain(self) -> int:
         """Blocks along the channels that add to one copy of dB and dC, one after the other."""
-        return -(-self.tiles // PARTS[self.kernels])
+        short = self.kernels == "general" and self.kept == 1
+        return -(-self.tiles // (PARTS[self.kernels] * (2 if short else 1)))
 
     @property
     def parts(self) -> int:
