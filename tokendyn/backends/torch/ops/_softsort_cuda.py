@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from tokendyn.backends.cuda._scan_cuda_layout import FOLDER
-from tokendyn.backends.torch.ops._permute import sorting
 from tokendyn.backends.torch.ops._softsort_operator import register
 
 LANES = 32
@@ -170,7 +169,7 @@ class _Plan:
         self.set(scores_b=scores.stride(0), scores_l=scores.stride(1), sorts=int(self.spans == 1))
         if self.spans > 1:
             if self.length > COUNTED:
-                self.give(given_order=sorting(scores, ascending))
+                self.give(given_order=torch.sort(scores, stable=True, descending=not ascending).indices)
             self.run(summing("arrange"), self.batch)
         return order, *made.values()
 
