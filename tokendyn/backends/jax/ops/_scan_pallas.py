@@ -24,7 +24,7 @@ from tokendyn.backends.jax.ops._recurrence import scan_by
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut; hashable, so that compiled code is kept by it. The default is the fastest of 13 on an H100.
+    """How the work is cut; hashable, so that compiled code is kept by it. The default is the fastest of 15 on an H100.
 
     Attributes:
         chunk: tokens a program walks, at most; also the distance of the states that the forward pass keeps.
