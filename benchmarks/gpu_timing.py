@@ -35,7 +35,11 @@ def median(call: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
-    """``call`` as the replay of a CUDA graph, with memory of its own or that of ``pool``."""
+    """``call`` as the replay of a CUDA graph, with memory of its own or that of ``pool``.
+
+    The replay holds on to ``call``: a graph has no more than the addresses of what was made before it, such as the
+    optimiser's state.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,7 +49,11 @@ def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         call()
-    return graph.replay
+
+    def replay(_holding: Callable[[], Any] = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 def in_graph(call: Callable[[], Any], calls: int) -> float:
