@@ -23,6 +23,7 @@ if DEVICE == "cpu" and cuda_emulator.COMPILER is None:
 #: Beside the shared cases: several chunks, odd and whole 16-byte runs, one, two, four and eight lanes a channel.
 CASES = SHARED | {
     "four lanes": {"b": 2, "d": 37, "L": 140, "N": 13},
+    "many sequences": {"b": 19, "d": 3, "L": 5, "N": 2},
     "whole runs": {"b": 1, "d": 40, "L": 136, "N": 16, "without": ("z",)},
     "whole runs, channels last": {"b": 1, "d": 40, "L": 70, "N": 16, "last": True, "without": ("z",)},
     "two lanes, packed and padded": {"b": 2, "d": 16, "L": 100, "N": 8, "packed": True, "padded": True},
@@ -41,6 +42,7 @@ RUNS = [
     ("all options, two blocks of channels", "bfloat16"),
     ("blocks of states", "float32"),
     ("groups", "float32"),
+    ("many sequences", "float32"),
     ("four lanes", "bfloat16"),
     ("four lanes", "float32"),
     ("whole runs", "bfloat16"),

@@ -120,25 +120,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid
 // Adds up what blocks have left of a parameter's gradient: out[o, k] = sum over p of in[o, p, k], `next` floats from one p
 // to the next. With `columns`, k numbers (L, columns), of which out[o] has the first N columns as its rows. The sums of all
 // parameters are made in one launch; the first blocks work on the first.
+#define FEW_PARTS 16
+#define WAYS 8
 struct Sum {
     i64 in, out, outer, parts, inner, next, columns, element;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_constant__ Args p) {
     const Sum* sum = (const Sum*)&p.sums;
-    i64 block = blockIdx.x;
-    while (block >= (sum->outer * sum->inner + THREADS - 1) / THREADS) block -= (sum->outer * sum->inner + THREADS - 1) / THREADS, sum++;
-    i64 index = block * THREADS + threadIdx.x;
-    if (index >= sum->outer * sum->inner) return;
-    const float* from = (const float*)sum->in + index / sum->inner * sum->parts * sum->next + index % sum->inner;
-    float total = 0.0f;
-    for (i64 first = 0; first < sum->parts; first += 16) {  // loads of 16 are under way together
-        float some[16];
-#pragma unroll
-        for (int i = 0; i < 16; i++) some[i] = first + i < sum->parts ? from[(first + i) * sum->next] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < 16; i++) total += some[i];
+    i64 block = blockIdx.x, ways, blocks;
+    for (;; block -= blocks, sum++) {
+        ways = sum->parts > FEW_PARTS ? WAYS : 1, blocks = (sum->outer * sum->inner * ways + THREADS - 1) / THREADS;
+        if (block < blocks) break;
     }
+    // Many parts are added by WAYS threads each, a warp's four neighbours side by side in memory.
+    i64 thread = block * THREADS + threadIdx.x, index = ways == 1 ? thread : thread / 32 * (32 / WAYS) + thread % (32 / WAYS);
+    bool exists = index < sum->outer * sum->inner;
+    const float* from = (const float*)sum->in + (exists ? index / sum->inner * sum->parts * sum->next + index % sum->inner : 0);
+    i64 next = sum->next, parts = exists ? sum->parts : 0, part = ways == 1 ? 0 : thread % 32 / (32 / WAYS);
+    float total = 0.0f;
+    for (; part + 3 * ways < parts; part += 4 * ways) {
+        const float* at = from + part * next;
+        float first = at[0], second = at[ways * next], third = at[2 * ways * next], fourth = at[3 * ways * next];
+        total += (first + second) + (third + fourth);
+    }
+    for (; part < parts; part += ways) total += from[part * next];
+    if (ways > 1)
+#pragma unroll
+        for (int mask = 32 / WAYS; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
+    if (!exists || thread % 32 / (32 / WAYS) * (ways - 1)) return;
     if (sum->columns) {
         i64 row = index % sum->inner % sum->columns, column = index % sum->inner / sum->columns;
         if (row >= p.state) return;

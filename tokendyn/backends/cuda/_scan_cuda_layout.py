@@ -114,6 +114,11 @@ def source(kernels: str) -> str:
     return "".join((f"struct Args {{\n{fields}}};\n", *texts))
 
 
+def sum_blocks(outer: int, parts: int, inner: int, threads: int) -> int:
+    """Blocks of ``add_parts`` for a sum: many parts are added by eight threads each."""
+    return -(-outer * inner * (8 if parts > 16 else 1) // threads)
+
+
 def _general_bytes(quads: int, gated: bool) -> tuple[int, int]:
     rows, half, state, tile = 128 // quads, 8 * quads, 4 * quads, 8
 

@@ -163,8 +163,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     VIEW(6, dz, span, -SPAN);
     int buffer = 0;
     auto fetch = [&](int tile, int start) {
-        view_u.fetch(own.inputs[buffer][0], block, tile, start), view_delta.fetch(own.inputs[buffer][1], block, tile, start);
-        view_dy.fetch(own.inputs[buffer][2], block, tile, start);
+        auto& inputs = own.inputs[buffer];
+#if OWNER == SINGLE  // all on their way before one is waited for
+        Eight u = view_u.load_singly(block, tile, start), delta = view_delta.load_singly(block, tile, start), dy = view_dy.load_singly(block, tile, start);
+        u.write(inputs[0]), delta.write(inputs[1]), dy.write(inputs[2]);
+#else
+        view_u.fetch(inputs[0], block, tile, start), view_delta.fetch(inputs[1], block, tile, start), view_dy.fetch(inputs[2], block, tile, start);
+#endif
     };
     auto fetch_next = [&](int tile) {
         bool done = tile + 1 == block.tiles;

@@ -387,13 +387,17 @@ struct View {
     }
     // Begins to bring them to shared memory, where the same lane reads them after `copies_done`.
     __device__ __forceinline__ void fetch(unsigned* to, const Block& block, int tile, int start) const {
-        if (runs && block.whole(tile, start)) {
-            to += threadIdx.x % 32 * PIECE;
-#pragma unroll
-            for (int i = 0; i < WORDS / PIECE; i++) copy<PIECE>(to + i * 32 * PIECE, at + i * (OWNER == CHANNEL_RUNS ? token : row));
-        } else {
+        if (runs && block.whole(tile, start))
+            copy_all(to);
+        else if (runs && block.rows_left(tile) >= 2 && block.tokens_left(start) >= 4)
+            copy_all(to);
+        else
             load_singly(block, tile, start).write(to);
-        }
+    }
+    __device__ __forceinline__ void copy_all(unsigned* to) const {
+        to += threadIdx.x % 32 * PIECE;
+#pragma unroll
+        for (int i = 0; i < WORDS / PIECE; i++) copy<PIECE>(to + i * 32 * PIECE, at + i * (OWNER == CHANNEL_RUNS ? token : row));
     }
     __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int start) const {
         Eight out(values);

@@ -125,7 +125,8 @@ class _Plan:
             self.result(f"sum_{name}", like.shape, like.dtype)
             self.offsets += [(place, source, 4 * offset), (place + 1, f"sum_{name}", 0)]
             self.call.arguments[place + 2 : place + len(SUM)] = [*numbers, int(like.dtype != jnp.float32)]
-            place, blocks = place + len(SUM), blocks + -(-numbers[0] * numbers[2] // self.layout.threads)
+            place += len(SUM)
+            blocks += _scan_cuda_layout.sum_blocks(*numbers[:3], self.layout.threads)
         self.launch("add_parts", blocks)
 
     def run(self) -> Arrays:

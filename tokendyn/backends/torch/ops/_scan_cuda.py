@@ -170,7 +170,8 @@ class _Plan:
             self.arguments[place : place + len(SUM)] = (
                 given.data_ptr() + 4 * offset, out.data_ptr(), outer, parts, inner, step, columns, narrow,
             )  # fmt: skip
-            place, blocks = place + len(SUM), blocks + -(-outer * inner // self.layout.threads)
+            place += len(SUM)
+            blocks += _scan_cuda_layout.sum_blocks(outer, parts, inner, self.layout.threads)
             found.append(out)
         self.run("add_parts", blocks, True)
         return [None if out is None else out.to(given[2].dtype) for out, given in zip(found, wanted, strict=True)]
