@@ -75,14 +75,14 @@ def _engine(monkeypatch):
 def _in_segments(monkeypatch):
     """Sequences are cut, and blocks of channels add dB and dC to one copy in turn."""
     monkeypatch.setattr(_scan_cuda_layout, "BLOCKS_A_PROCESSOR", {"general": 1000, "scalar": 1000})
-    monkeypatch.setattr(_scan_cuda_layout, "PARTS", {"general": 1, "scalar": 1})
+    monkeypatch.setattr(_scan_cuda_layout, "PARTS", 1)
 
 
 @pytest.fixture
 def _few_states(monkeypatch):
     """States are kept before every second chunk, as they are in long sequences before every fourth."""
     monkeypatch.setattr(_scan_cuda_layout, "KEPT", 2)
-    monkeypatch.setattr(_scan_cuda_layout, "KEPT_FROM", 1)
+    monkeypatch.setattr(_scan_cuda_layout, "LONG", 1)
     _scan_cuda_layout.layout.cache_clear()
     yield
     _scan_cuda_layout.layout.cache_clear()

@@ -29,11 +29,10 @@ ARGUMENTS = SUMS_FROM + SUMS * len(SUM)
 STATE = 32
 #: Blocks of 128 threads that keep a multiprocessor busy: sequences are cut until there are so many.
 BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
-#: Copies of dB and dC that blocks of channels add to, one after the other, for memory's sake.
-PARTS = {"general": 2, "scalar": 4}
-#: Chunks between two states that the general kernels keep, in sequences of some length: for memory's sake too. Below it
-#: there is less to spare, and more to lose by waiting: twice as many copies.
-KEPT, KEPT_FROM = 4, 1024
+#: For memory's sake, in sequences from some length on: copies of dB and dC that blocks of channels add to, one after
+#: the other, and chunks between two states that the general kernels keep. Shorter ones have twice as many copies, since
+#: they have more to lose by waiting, and keep a state for each chunk.
+PARTS, KEPT, LONG = 2, 4, 1024
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
 _SEGMENTED = 1.6
@@ -79,8 +78,7 @@ class Layout:
     @property
     def chain(self) -> int:
         """Blocks along the channels that add to one copy of dB and dC, one after the other."""
-        short = self.kernels == "general" and self.kept == 1
-        return -(-self.tiles // (PARTS[self.kernels] * (2 if short else 1)))
+        return -(-self.tiles // (PARTS if self.chunks * self.chunk >= LONG else 2 * PARTS))
 
     @property
     def parts(self) -> int:
@@ -144,7 +142,7 @@ def kept_states(scalar_A: bool, length: int, state: int) -> tuple[int, int]:
     if scalar_A:
         return 64 if length <= 64 else 128, 8 if state <= 8 else 16 if state <= 16 else 32
     quads = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
-    return 16 * quads * (KEPT if length >= KEPT_FROM else 1), 4 * quads
+    return 16 * quads * (KEPT if length >= LONG else 1), 4 * quads
 
 
 @functools.cache
