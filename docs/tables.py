@@ -91,11 +91,11 @@ def _scan(file: str, engine: str, compiler: str) -> str:
 
 
 def scan() -> str:
-    return _scan("scan_cuda.json", "cuda", "cuda-bindings")
+    return _scan("scan.json", "cuda", "cuda.bindings")
 
 
 def scan_triton() -> str:
-    return _scan("scan.json", "triton", "triton")
+    return _scan("scan_triton.json", "triton", "triton")
 
 
 def _spectrum() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -243,6 +243,71 @@ def study_imagenette_tokens() -> str:
     return _tokens("imagenette")
 
 
+def _orders() -> dict[str, Any]:
+    return json.loads((FOLDER / "orders.json").read_text(encoding="utf-8"))["arms"]
+
+
+def orders() -> str:
+    """The study of orders in language; what is no perplexity stands in brackets."""
+    rows = []
+    for name, arm in _orders().items():
+        found = arm["held_out"]
+        shown = [
+            spread(found["perplexity"], 1),
+            spread(found["bits_per_byte"], 4),
+            spread(found["zero_shot_word_perplexity"], 0),
+        ]
+        cells = [f"[{cell}]" if arm["reads_future"] else cell for cell in shown]
+        rows.append([f"`{name}`", *cells, f"{arm['parameters']:,}"])
+    return table(["arm", "perplexity", "bits a byte", "zero-shot word perplexity", "parameters"], rows)
+
+
+def orders_differences() -> str:
+    arms = _orders()
+    ablations = ("shared_layers", "no_norm", "no_convolution")
+    groups = {
+        "causal order": tuple((f"{kind}_order", "free") for kind in ("chunk", "group", "window")),
+        "chunks, ablated": tuple((f"chunk_order_{name}", name) for name in ablations),
+        "reading the future": (
+            *(("mamba_published_order", "free"), ("h3_published_order", "h3")),
+            ("transformer_published_order", "transformer"),
+        ),
+        "other models": (("h3", "free"), ("transformer", "free")),
+        "ablations": tuple((name, "free") for name in ablations),
+        "signs": tuple((name, "free") for name in ("negative", "positive")),
+        "signs, no norm": tuple((f"{name}:norm=none", "no_norm") for name in ("negative", "positive")),
+    }
+    rows = []
+    for group, pairs in groups.items():
+        first = True
+        for one, other in pairs:
+            if one not in arms or other not in arms:
+                continue
+            both = [seed for seed in arms[one]["seeds"] if seed in arms[other]["seeds"]]
+            shown = []
+            for key in ("loss", "zero_shot_loss"):
+                values = ([arm["held_out"][key]["values"][arm["seeds"].index(seed)] for seed in both]
+                          for arm in (arms[one], arms[other]))  # fmt: skip
+                shown.append(interval(paired(*values), 4))
+            rows.append([group if first else "", f"`{one}` − `{other}`", *shown])
+            first = False
+    return table(["", "difference", "held-out loss, nats a token", "zero-shot"], rows)
+
+
+def token_norms() -> str:
+    """Paper 1's Figures 7 and 8: log2 of the norm of the residual stream, before the blocks, after two, after all."""
+    rows = []
+    arms = _orders()
+    for name in ("free", "negative", "positive", "no_norm", "negative:norm=none", "positive:norm=none"):
+        norms = arms[name]["norms"]
+        measured = [summary([run[place] for run in norms["norms"]]) for place in (0, 2, -1)]
+        predicted = summary([run[-1] - run[0] for run in norms["norms_ode"]])
+        grown = summary([run[-1] - run[0] for run in norms["norms"]])
+        rows.append([f"`{name}`", *(spread(found, 2) for found in (*measured, grown)), spread(predicted, 2)])
+    header = ["arm", "before", "after 2 blocks", "after all", "growth", "growth predicted"]
+    return table(header, rows)
+
+
 def _classified(name: str) -> str:
     result = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     rows = [
@@ -266,6 +331,15 @@ def ag_news() -> str:
 
 def imdb() -> str:
     return _classified("imdb")
+
+
+def text_leak() -> str:
+    """The published order on short sequences of bytes; what is no perplexity stands in brackets."""
+    rows = []
+    for arm, found in json.loads((FOLDER / "text_leak.json").read_text(encoding="utf-8"))["arms"].items():
+        cells = [spread(found["held_out"][key], 2) for key in ("perplexity", "bits_per_byte")]
+        rows.append([f"`{arm}`", *(f"[{cell}]" if arm.endswith("published_order") else cell for cell in cells)])
+    return table(["arm", "perplexity of a byte", "bits a byte"], rows)
 
 
 def mamba_lm() -> str:
@@ -297,7 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(demo_imagenet, demo_wikitext103, scan, scan_triton, spectrum, spectrum_differences, spectrum_blocks),
         *(study_cifar10, study_cifar10_mechanism, study_cifar10_tokens),
         *(study_imagenette, study_imagenette_mechanism, study_imagenette_tokens),
-        *(ag_news, imdb, mamba_lm),
+        *(ag_news, imdb, mamba_lm, orders, orders_differences, token_norms, text_leak),
     )
 }
 
