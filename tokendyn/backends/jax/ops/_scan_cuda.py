@@ -125,8 +125,9 @@ class _Plan:
             self.result(f"sum_{name}", like.shape, like.dtype)
             self.offsets += [(place, source, 4 * offset), (place + 1, f"sum_{name}", 0)]
             self.call.arguments[place + 2 : place + len(SUM)] = [*numbers, int(like.dtype != jnp.float32)]
+            outer, parts, inner = numbers[:3]
             place += len(SUM)
-            blocks += _scan_cuda_layout.sum_blocks(*numbers[:3], self.layout.threads)
+            blocks += _scan_cuda_layout.sum_blocks(outer, parts, inner, self.layout.threads)
         self.launch("add_parts", blocks)
 
     def run(self) -> Arrays:
