@@ -244,8 +244,9 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
         Engine("plain", _takes_all, _softsort_plain.softsort),
     ),
     "softsort_restore": (
-        Engine("cuda", _cuda_order_declines, _cuda_softsort_restore),
+        # First what its tests on a GPU all passed with: one of the cuda engine failed, at (2, 40, 37) in bfloat16.
         Engine("triton", _triton_order_declines, _triton_softsort_restore),
+        Engine("cuda", _cuda_order_declines, _cuda_softsort_restore),
         Engine("plain", _takes_all, _softsort_plain.softsort_restore),
     ),
     "take_tokens": (
