@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +247,11 @@ def test_commands_that_one_backend_runs_say_so(
     monkeypatch.setenv("TOKENDYN_BACKEND", "jax")
     main(["figures", "nosuch"])
     assert "tokendyn figures: runs on numpy, though jax is chosen" in capsys.readouterr().err
+
+
+def test_a_diagnosis_without_torch_names_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["diagnose", "folder"]) == 2
+    assert capsys.readouterr().err == "tokendyn: diagnose: needs torch; run: pip install 'tokendyn[diagnose]'\n"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 import tokendyn
 from tokendyn.backends.jax.models import MambaVision
 from tokendyn.backends.jax.ops import _scan_pallas, _engines
-from tokendyn.experiments.imagenet.jax import Training
+from tokendyn.experiments.imagenet._jax import Training
 
 devices = jax.devices()
 assert len(devices) == 2

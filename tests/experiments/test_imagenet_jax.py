@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,8 +17,9 @@ import tokendyn.torch as tt
 from tokendyn.errors import OptionError
 from tokendyn.experiments._config import TrainConfig
 from tokendyn.experiments._optim import learning_rate, make_optimizer
+from tokendyn.experiments.imagenet import _jax as study
 from tokendyn.experiments.imagenet import _task
-from tokendyn.experiments.imagenet import jax as study
+from tokendyn.experiments.imagenet import jax as jax_command
 
 
 def test_updates_are_those_of_the_torch_trainer() -> None:
@@ -73,7 +73,13 @@ def test_evaluation_batches_have_one_size() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(OptionError, match="--devices is 99, expected 1 to"):
         study.command(["--devices", "99"])
-    config = dataclasses.replace(study.PRESETS["demo"](), arms=("annealed",))
-    images = study.load_images("demo", config)
     with pytest.raises(OptionError, match="a schedule of tau is not for JAX"):
-        study.train(config, images, "annealed", 0, optax.identity(), jax.devices()[:1], print)
+        study.command(["--arms", "baseline", "annealed"])  # before the baseline is trained
+    with pytest.raises(OptionError, match="did you mean 'sorted'"):
+        study.command(["--arms", "baseline", "srted"])
+
+
+def test_a_missing_jax_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", None)
+    assert jax_command.main(["--help"]) == 2
+    assert capsys.readouterr().err == "error: not installed: jax; run: pip install 'tokendyn[experiments,jax]'\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -20,6 +21,8 @@ _EXAMPLES = """examples:
 def run(arguments: list[str]) -> int:
     """Parse and run."""
     options = _parser().parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        raise BackendMissing("diagnose: needs torch; run: pip install 'tokendyn[diagnose]'")
     import torch
 
     from tokendyn.diagnose import diagnose, load

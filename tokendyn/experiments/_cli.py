@@ -52,11 +52,19 @@ class _Misuse(Exception):
     """The command line cannot be understood."""
 
 
-def run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Call ``command`` with ``arguments`` and return the exit code; known errors become one sentence."""
-    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+def run(
+    command: Callable[[list[str]], None],
+    arguments: list[str],
+    required: Mapping[str, str] = REQUIRED,
+    extras: str = "experiments",
+) -> int:
+    """Call ``command`` with ``arguments`` and return the exit code; known errors become one sentence.
+
+    ``required`` has the packages that it needs by their modules' names, and ``extras`` bring them.
+    """
+    missing = [package for module, package in required.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return _complain(f"not installed: {', '.join(missing)}; run: pip install 'tokendyn[experiments]'", MISTAKE)
+        return _complain(f"not installed: {', '.join(missing)}; run: pip install 'tokendyn[{extras}]'", MISTAKE)
     try:
         command(arguments)
     except Stopped as stopped:
