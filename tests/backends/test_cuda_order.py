@@ -209,12 +209,13 @@ def test_what_the_kernels_decline(monkeypatch):
 
     def reason(**change):
         given = {"dtype": torch.bfloat16, "device": "cuda", "needs_grad": True, "transformed": False}
-        call = _engines.OrderCall(**{**given, "length": 16384, "power": 1, **change})
+        call = _engines.OrderCall(**{**given, "length": 16384, "power": 1, "channels_apart": 1, **change})
         (engine,) = (engine for engine in _engines.ENGINES["softsort"] if engine.name == "cuda")
         return engine.declines(call)
 
     assert reason() is None
     assert "power is 2" in reason(power=2)
+    assert "channels lie 4 apart" in reason(channels_apart=4)
     assert "float64" in reason(dtype=torch.float64)
     assert "torch.func" in reason(transformed=True)
     assert "on cpu" in reason(device="cpu")

@@ -78,10 +78,12 @@ class OrderCall(Call):
     Attributes:
         length: L.
         power: of the distance.
+        channels_apart: from one channel of a token to the next, in numbers.
     """
 
     length: int
     power: float
+    channels_apart: int
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,9 @@ def _triton_step(*args: Any, **options: Any) -> Any:
 def _cuda_order_declines(call: OrderCall) -> str | None:
     if call.power != 1:
         return f"the power is {call.power}, it takes 1"
+    # Windows of tokens are the one use of others; they gave gradients that were no numbers on a GPU.
+    if call.channels_apart != 1:
+        return f"a token's channels lie {call.channels_apart} apart, it takes them side by side"
     return _cuda_declines(call)
 
 
