@@ -229,6 +229,10 @@ DTYPES = {
         scan(A=zeros(8, 4, dtype="float64")),
         r"A has dtype float64, expected float32 beside float32 activations; convert it first",
     ),
+    "complex parameters": (
+        scan(A=zeros(8, 4, dtype="complex64")),
+        r"A has dtype complex64, expected float32 beside float32 activations; complex parameters are not taken",
+    ),
     "integer parameters": (scan(A=zeros(8, 4, dtype="int32")), r"A has dtype int32, expected float32"),
     "seq_idx in floats": (
         scan(seq_idx=zeros(2, 32)),

@@ -131,10 +131,11 @@ def expect_parameters(operation: str, activation: str, arrays: dict[str, Any]) -
     """Parameters and states have the activations' dtype, or float32 beside half-precision activations."""
     allowed = {activation, state_dtype(activation)}
     for name, array in arrays.items():
-        if array is not None and dtype_name(array) not in allowed:
+        if array is not None and (dtype := dtype_name(array)) not in allowed:
+            todo = "complex parameters are not taken" if dtype.startswith("complex") else "convert it first"
             raise DTypeError(
-                f"{operation}: {name} has dtype {dtype_name(array)}, expected "
-                f"{' or '.join(sorted(allowed))} beside {activation} activations; convert it first"
+                f"{operation}: {name} has dtype {dtype}, expected "
+                f"{' or '.join(sorted(allowed))} beside {activation} activations; {todo}"
             )
 
 
