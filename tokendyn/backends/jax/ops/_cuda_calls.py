@@ -170,20 +170,11 @@ def stream_of(frame: _Frame) -> int:
     return arguments.stream or 0
 
 
-def launch(
-    kernels: str,
-    name: str,
-    options: tuple[str, ...],
-    threads: int,
-    shared: int,
-    blocks: int,
-    arguments: Any,
-    stream: int,
-) -> None:
-    """Run a kernel of the scan on a stream."""
+def launch(*given: Any) -> None:
+    """Run a kernel: see :func:`._cuda_kernels.launch`, whose imports need a GPU's packages."""
     from tokendyn.backends.jax.ops import _cuda_kernels
 
-    _cuda_kernels.launch(kernels, name, options, threads, shared, blocks, arguments, stream)
+    _cuda_kernels.launch(*given)
 
 
 def _run(frame: _Frame) -> None:
