@@ -10,6 +10,7 @@ import tokendyn
 pytest.importorskip("triton")
 
 # isort: split
+from tokendyn.backends.cuda import _scan_cuda_layout
 from tokendyn.backends.torch.ops import _scan_chunked, _scan_cuda, _scan_triton
 
 from .graph_replay import expect_replay
@@ -35,7 +36,7 @@ GPU_SIZES = {
 
 def run_by(engine, state):
     """What runs a call by ``engine``, which may decline a wide state."""
-    if engine == "cuda" and state > _scan_cuda.STATE:
+    if engine == "cuda" and state > _scan_cuda_layout.STATE:
         pytest.skip("the engine declines so wide a state")
     return {"cuda": _scan_cuda.run, "triton": _scan_triton.run}[engine]
 

@@ -137,13 +137,13 @@ class Call:
         kernels: the source's name.
         arguments: the structure.
         pointers: (place in it, buffer, offset in bytes); buffers are numbered, inputs before results.
-        launches: (kernel, compiler's options, threads, bytes of shared memory, blocks, places to set before).
+        launches: (kernel, compiler's options, threads, bytes of shared memory, blocks).
     """
 
     kernels: str
     arguments: list[int]
     pointers: list[tuple[int, int, int]] = field(default_factory=list)
-    launches: list[tuple[str, tuple[str, ...], int, int, int, list[tuple[int, int]]]] = field(default_factory=list)
+    launches: list[tuple[str, tuple[str, ...], int, int, int]] = field(default_factory=list)
 
     def __call__(
         self, inputs: list[jax.Array], results: list[jax.ShapeDtypeStruct], zeroed: Mapping[int, int]
@@ -185,9 +185,7 @@ def _run(frame: _Frame) -> None:
     for place, buffer, offset in pointers:
         arguments[place] = addresses[buffer] + offset
     stream = stream_of(frame)
-    for name, options, threads, shared, blocks, changes in launches:
-        for place, value in changes:
-            arguments[place] = value
+    for name, options, threads, shared, blocks in launches:
         launch(kernels, name, options, threads, shared, blocks, arguments, stream)
 
 

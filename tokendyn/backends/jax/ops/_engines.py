@@ -16,13 +16,12 @@ import jax
 from jax.core import Tracer
 
 from tokendyn._checks import dtype_name
+from tokendyn.backends.cuda import _scan_cuda_layout
 from tokendyn.backends.jax.ops import _scan_xla
 from tokendyn.errors import EngineError, OptionError
 
 #: Largest N whose state the kernels hold in registers.
 PALLAS_STATE = 256
-#: Largest N that the CUDA kernels take.
-CUDA_STATE = 32
 _HAS_NVRTC = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
@@ -80,8 +79,8 @@ def capability() -> float:
 
 def _cuda_declines(arguments: Mapping[str, Any]) -> str | None:
     state = arguments["B"].shape[-2]
-    if state > CUDA_STATE:
-        return f"the state has N = {state} entries, it takes at most {CUDA_STATE}"
+    if state > _scan_cuda_layout.STATE:
+        return f"the state has N = {state} entries, it takes at most {_scan_cuda_layout.STATE}"
     reason = kernels_decline(arguments["u"])
     if reason is None and not _HAS_NVRTC:
         return "the packages 'cuda-bindings' and 'nvidia-cuda-nvrtc' are not installed"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tokendyn.backends.cuda import _scan_cuda_layout
 from tokendyn.backends.torch.ops import _mamba_ssm, _permute, _scan_chunked, _scan_plain, _softsort_plain, _step_plain
 from tokendyn.errors import EngineError, OptionError
 
@@ -128,8 +129,8 @@ def _cuda_declines(call: Call) -> str | None:
 
 
 def _cuda_scan_declines(call: StepCall) -> str | None:
-    if call.state > 32:
-        return f"the state has N = {call.state} entries, it takes at most 32"
+    if call.state > _scan_cuda_layout.STATE:
+        return f"the state has N = {call.state} entries, it takes at most {_scan_cuda_layout.STATE}"
     return _cuda_declines(call)
 
 

@@ -11,12 +11,11 @@ import functools
 import torch
 
 from tokendyn.backends.cuda import _scan_cuda_layout
-from tokendyn.backends.cuda._scan_cuda_layout import ARGUMENTS, PLACES, SUM, SUMS_FROM
-from tokendyn.backends.cuda._scan_cuda_layout import STATE as STATE
+from tokendyn.backends.cuda._scan_cuda_layout import ARGUMENTS, PLACES
+from tokendyn.backends.cuda._scan_cuda_plan import CHANNEL_RUNS, ELEMENTS, SINGLE, TOKEN_RUNS, Plan, divide
 from tokendyn.backends.torch.ops._scan_operator import register
 
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_TOKEN_RUNS, _SINGLE, _CHANNEL_RUNS = range(3)
+_ELEMENTS = {getattr(torch, name): number for name, number in ELEMENTS.items()}
 _Arguments = ctypes.c_int64 * ARGUMENTS
 
 
@@ -33,15 +32,6 @@ def launch(
 @functools.cache
 def _processors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _layout(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> _scan_cuda_layout.Layout:
-    (batch, channels, length), (groups, state) = u.shape, B.shape[1:3]
-    scalar_A = A.shape[1] == 1
-    fill = _scan_cuda_layout.BLOCKS_A_PROCESSOR["scalar" if scalar_A else "general"]
-    return _scan_cuda_layout.layout(
-        scalar_A, batch, groups, channels // groups, length, state, _processors(u.device), fill
-    )
 
 
 def states_shape(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[int, ...]:
@@ -73,38 +63,39 @@ def _float(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-class _Plan:
-    """What the launches of one call share: sizes, the variant of the kernels, and their arguments."""
+class _Plan(Plan):
+    """A pass over tensors, whose addresses are the kernels' arguments."""
 
-    def __init__(self, u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus) -> None:
+    def __init__(self, u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus, backward: bool) -> None:
         batch, channels, length = u.shape
         groups, state = B.shape[1], B.shape[2]
-        self.layout = layout = _layout(u, A, B)
-        self.narrow = _narrow(u, A)
+        sizes = batch, channels, length, groups, state
+        layout = divide(A.shape[1] == 1, sizes, _processors(u.device))
         mixed = delta.dtype != u.dtype or B.dtype != u.dtype or C.dtype != u.dtype
+        narrow = _narrow(u, A)
         if mixed or (z is not None and z.dtype != u.dtype) or u.dtype not in _ELEMENTS:
             u, delta, B, C = (t.float() for t in (u, delta, B, C))
             z = None if z is None else z.float()
         u, delta, B, C = _near(u), _near(delta), _near(B, 32), _near(C, 32)
         self.u, self.delta = u, delta
         self.z = z = None if z is None else _near(z)
-        self.scalar_A = A.shape[1] == 1
-        size = channels // groups
-        self.segments = layout.segments
-        self.blocks = batch * groups * layout.tiles * layout.segments
         if all(_side_by_side(t, 2, layout.token_run) for t in (u, delta)):
-            self.owner = _TOKEN_RUNS
-        elif size % layout.channel_run == 0 and all(_side_by_side(t, 1, layout.channel_run) for t in (u, delta)):
-            self.owner = _CHANNEL_RUNS
+            self.owner = TOKEN_RUNS
+        elif channels // groups % layout.channel_run == 0 and all(
+            _side_by_side(t, 1, layout.channel_run) for t in (u, delta)
+        ):
+            self.owner = CHANNEL_RUNS
         else:
-            self.owner = _SINGLE
-        self.packed = seq_idx is not None
-        self.arguments = _Arguments(
-            batch, channels, length, groups, size, state, layout.block_rows, layout.tiles, layout.segments,
-            layout.segment_tokens, layout.chunks, layout.parts, layout.chain, int(softplus), 0, 0,
-            int(all(_side_by_side(t, 3, layout.token_run) for t in (B, C))),
-        )  # fmt: skip
+            self.owner = SINGLE
+        gated = backward and z is not None
+        options = layout.options(_ELEMENTS[u.dtype], gated, seq_idx is not None, self.owner, narrow)
+        self.arguments = _Arguments()
+        super().__init__(
+            sizes, layout, options, gated, softplus, all(_side_by_side(t, 3, layout.token_run) for t in (B, C))
+        )
         self.kept: list[torch.Tensor] = []  # until the launches are under way
+        self.like = {"A": A, "B": B, "C": C, "D": D, "bias": bias}
+        self.totals: dict[str, torch.Tensor] = {}
         self.give(
             A=_float(A), D=_float(D), bias=_float(bias),
             seq_idx=None if seq_idx is None else seq_idx.long().contiguous(),
@@ -123,74 +114,44 @@ class _Plan:
                 self.kept.append(t)
 
     def give_activations(self, **tensors: torch.Tensor | None) -> None:
-        along, run = (2, self.layout.token_run) if self.owner == _TOKEN_RUNS else (1, self.layout.channel_run)
+        along, run = (2, self.layout.token_run) if self.owner == TOKEN_RUNS else (1, self.layout.channel_run)
         for name, t in tensors.items():
             if t is not None:
-                runs = self.owner != _SINGLE and _side_by_side(t, along, run)
+                runs = self.owner != SINGLE and _side_by_side(t, along, run)
                 place = PLACES[name]
                 self.arguments[place : place + 5] = (t.data_ptr(), *t.stride(), runs)
                 self.kept.append(t)
 
-    def give_segment_buffers(self) -> None:
-        batch, channels = self.u.shape[:2]
-        per_segment = (batch, self.segments, channels, self.layout.padded)
-        slots = self.floats(batch, self.segments + 1, channels, self.layout.padded)
-        self.give(ends=self.floats(*per_segment), decays=self.floats(*per_segment), slots=slots)
+    def floats(self, name: str, *shape: int) -> torch.Tensor:
+        t = torch.empty(shape, dtype=torch.float32, device=self.u.device)
+        self.give(**{name: t})
+        return t
 
-    def set(self, name: str, value: int) -> None:
-        self.arguments[PLACES[name]] = value
+    def zeros(self, name: str, count: int) -> None:
+        self.give(**{name: torch.zeros(count, dtype=torch.int32, device=self.u.device)})
 
-    def floats(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+    def total(self, name: str, place: int, source: str, offset: int) -> bool:
+        like = self.like[name]
+        dtype = like.dtype if like.dtype in (torch.float32, self.u.dtype) else torch.float32
+        out = self.totals[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
+        self.arguments[place : place + 2] = self.arguments[PLACES[source]] + 4 * offset, out.data_ptr()
+        return dtype != torch.float32
 
-    def run(self, name: str, blocks: int | None = None, backward: bool = False) -> None:
-        gated, layout = backward and self.z is not None, self.layout
-        variant = layout.options(_ELEMENTS[self.u.dtype], gated, self.packed, self.owner, self.narrow)
-        small, large = layout.shared_bytes(gated)
-        shared = large if name == "gradients" else 0 if name in ("join_segments", "add_parts") else small
-        blocks = self.blocks if blocks is None else blocks
-        launch(layout.kernels, name, variant, layout.threads, shared, blocks, self.arguments, self.u.device)
-
-    def join(self, backward: bool) -> None:
-        """Pass the states between segments on, from the first or the last."""
-        batch, channels = self.u.shape[:2]
-        self.set("backwards", int(backward))
-        self.run("join_segments", -(-batch * channels * self.layout.padded // self.layout.threads), backward)
-
-    def sum(self, *wanted: tuple) -> list[torch.Tensor | None]:
-        """Sums in one launch: of (blocks' floats, offset, like what, outer, parts, inner, next, columns) each."""
-        place, blocks, found = SUMS_FROM, 0, []
-        for given, offset, like, outer, parts, inner, step, columns in wanted:
-            if like is None:
-                found.append(None)
-                continue
-            direct = like.dtype in (torch.float32, self.u.dtype)
-            out = torch.empty(like.shape, dtype=like.dtype if direct else torch.float32, device=like.device)
-            narrow = int(out.dtype != torch.float32)
-            self.arguments[place : place + len(SUM)] = (
-                given.data_ptr() + 4 * offset, out.data_ptr(), outer, parts, inner, step, columns, narrow,
-            )  # fmt: skip
-            place += len(SUM)
-            blocks += _scan_cuda_layout.sum_blocks(outer, parts, inner, self.layout.threads)
-            found.append(out)
-        self.run("add_parts", blocks, True)
-        return [None if out is None else out.to(given[2].dtype) for out, given in zip(found, wanted, strict=True)]
+    def launch(self, name: str, shared: int, blocks: int) -> None:
+        layout = self.layout
+        launch(layout.kernels, name, self.options, layout.threads, shared, blocks, self.arguments, self.u.device)
 
 
 def forward(u, delta, A, B, C, D, z, bias, initial_state, seq_idx, lengths, softplus, return_last_state, keep_states):
     """y, the last state and the states every CHUNK tokens."""
-    plan = _Plan(u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus)
+    plan = _Plan(u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus, backward=False)
     y = torch.empty_like(plan.u)
-    last = plan.floats(u.shape[0], u.shape[1], B.shape[2]) if return_last_state else None
-    states = plan.floats(*states_shape(u, A, B)) if keep_states else None
+    last = plan.floats("last_state", u.shape[0], u.shape[1], B.shape[2]) if return_last_state else None
+    states = plan.floats("states", *states_shape(u, A, B)) if keep_states else None
     plan.give_activations(y=y)
-    plan.give(first_state=_float(initial_state), last_state=last, states=states)
-    plan.set("keep", int(keep_states))
-    if plan.segments > 1:
-        plan.give_segment_buffers()
-        plan.run("segment_ends")
-        plan.join(backward=False)
-    plan.run("outputs")
+    plan.give(first_state=_float(initial_state))
+    plan.set(keep=int(keep_states))
+    plan.outputs()
     return y.to(u.dtype), last, states
 
 
@@ -198,37 +159,16 @@ def backward(
     dy, dlast, states, u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus, initial_gradient
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, bias and the initial state."""
-    plan = _Plan(u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus)
-    (batch, channels, length), (groups, state) = u.shape, B.shape[1:3]
+    plan = _Plan(u, delta, A, B, C, D, z, bias, seq_idx, lengths, softplus, backward=True)
     du, ddelta = torch.empty_like(plan.u), torch.empty_like(plan.delta)
     dz = None if plan.z is None else torch.empty_like(plan.z)
-    dfirst = plan.floats(batch, channels, state) if initial_gradient else None
+    dfirst = plan.floats("dfirst", u.shape[0], u.shape[1], B.shape[2]) if initial_gradient else None
     plan.give_activations(dy=_near(dy.to(plan.u.dtype)), du=du, ddelta=ddelta, dz=dz)
-    plan.give(last_gradient=_float(dlast), dfirst=dfirst, states=states)
-    if plan.segments > 1:
-        plan.give_segment_buffers()
-        plan.run("segment_coends", backward=True)
-        plan.join(backward=True)
-    copies, rates = batch * plan.segments, 1 if plan.scalar_A else state
-    dA = plan.floats(copies, channels, rates)
-    dD, dbias = (None if t is None else plan.floats(copies, channels) for t in (D, bias))
-    columns = plan.layout.padded if plan.scalar_A else 0  # parts are (L, columns) there, (N, L) else
-    parts = plan.floats(batch, groups, plan.layout.parts, 2, columns or state, length)
-    plan.give(dA=dA, dD=dD, dbias=dbias, parts_out=parts)
-    if plan.layout.chain > 1:
-        counters = plan.layout.counters(batch * groups)
-        plan.give(counters=torch.zeros(counters, dtype=torch.int32, device=u.device))
-    plan.run("gradients", backward=True)
-    per_matrix = (columns or state) * length
-    sum_A, sum_B, sum_C, sum_D, sum_bias = plan.sum(
-        (dA, 0, A, 1, copies, channels * rates, channels * rates, 0),
-        (parts, 0, B, batch * groups, plan.layout.parts, per_matrix, 2 * per_matrix, columns),
-        (parts, per_matrix, C, batch * groups, plan.layout.parts, per_matrix, 2 * per_matrix, columns),
-        (dD, 0, D, 1, copies, channels, channels, 0),
-        (dbias, 0, bias, 1, copies, channels, channels, 0),
-    )
+    plan.give(last_gradient=_float(dlast), states=states)
+    plan.gradients(*(name for name in ("D", "bias") if plan.like[name] is not None))
+    dA, dB, dC, dD, dbias = (None if t is None else plan.totals[name].to(t.dtype) for name, t in plan.like.items())
     dz = None if dz is None else dz.to(z.dtype)
-    return du.to(u.dtype), ddelta.to(delta.dtype), sum_A, sum_B, sum_C, sum_D, dz, sum_bias, dfirst
+    return du.to(u.dtype), ddelta.to(delta.dtype), dA, dB, dC, dD, dz, dbias, dfirst
 
 
 run = register("cuda", forward, backward, states_shape)
