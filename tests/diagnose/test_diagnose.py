@@ -444,6 +444,18 @@ def broken_config(folder: Path) -> None:
     (_saved(folder) / "config.json").write_text("{")
 
 
+@_bad("is a run of the experiment wikitext103; give one of its models: .*free, .*mixed$")
+def run_of_an_experiment(folder: Path) -> None:
+    (folder / "config.json").write_text('{"format": 1, "experiment": "wikitext103"}')
+    for arm in ("mixed", "free"):
+        _saved(folder / "models" / arm)
+
+
+@_bad("is a run of the experiment imagenet; it holds no saved model")
+def run_without_models(folder: Path) -> None:
+    (folder / "config.json").write_text('{"format": 1, "experiment": "imagenet"}')
+
+
 @_bad("holds neither config.json nor safetensors")
 def empty(folder: Path) -> None:
     pass

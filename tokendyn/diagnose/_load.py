@@ -79,6 +79,12 @@ def _language_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"{file} cannot be read ({cause}); get it again") from cause
+    if isinstance(config, dict) and "experiment" in config:
+        models = ", ".join(str(place) for place in sorted(folder.glob("models/*")))
+        raise CheckpointError(
+            f"{folder} is a run of the experiment {config['experiment']}; "
+            + (f"give one of its models: {models}" if models else "it holds no saved model (models/ARM) to diagnose")
+        )
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind in (None, "mamba"):
         return MambaLM.from_pretrained(folder, dtype=dtype)
