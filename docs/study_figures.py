@@ -78,7 +78,7 @@ def token_norms() -> Figure:
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_xlabel("block")
     panels[0].set_ylabel("log2 of the token norm")
-    panels[0].legend(loc="upper left")
+    panels[0].legend(loc="lower right")
     return figure
 
 

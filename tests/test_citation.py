@@ -36,7 +36,7 @@ def test_the_file_and_the_function_say_the_same() -> None:
     software, *papers = entries(tokendyn.citation())
     assert software == {"author": person(cff["authors"][0]), "title": cff["title"], "version": str(cff["version"])}
     assert cff["version"] == tokendyn.__version__
-    assert len(papers) == len(cff["references"]) == 3
+    assert len(papers) == len(cff["references"]) == 4
     for paper, reference in zip(papers, cff["references"], strict=True):
         assert paper["title"] == reference["title"]
         assert paper["author"] == " and ".join(map(person, reference["authors"]))
@@ -50,7 +50,7 @@ def test_topics_choose_and_each_entry_comes_once() -> None:
     def keys(*topics: str) -> list[str]:
         return re.findall(r"^@\w+\{(\w+),$", tokendyn.citation(*topics), re.M)
 
-    assert keys("sphere") == ["tokendyn", "anonymous2025spheres"]
+    assert keys("sphere") == ["tokendyn", "anonymous2025spheres", "silvestre2026attention"]
     assert keys("dynamics", "spectrum") == ["tokendyn", "vo2025demystifying"]
     assert keys("reordering") == ["tokendyn", "vo2025demystifying", "prillo2020softsort"]
     assert sorted(keys()) == sorted({"tokendyn", *(key for topic in TOPICS.values() for key in topic)})

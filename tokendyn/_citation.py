@@ -34,6 +34,16 @@ _ENTRIES = {
             "url": "https://openreview.net/forum?id=466gVY2sBQ",
         },
     ),
+    "silvestre2026attention": (
+        "misc",
+        {
+            "author": "Silvestre, João Pedro and Rodríguez Abella, Álvaro and Tabuada, Paulo",
+            "title": "The Attention Within: Consensus Dynamics in Selective State Space Models",
+            "note": "arXiv:2609.17997",
+            "year": "2026",
+            "url": "https://arxiv.org/abs/2609.17997",
+        },
+    ),
     "prillo2020softsort": (
         "inproceedings",
         {
@@ -48,7 +58,7 @@ _ENTRIES = {
 #: What was used -> whose results those are.
 TOPICS = {
     "dynamics": ("vo2025demystifying",),
-    "sphere": ("anonymous2025spheres",),
+    "sphere": ("anonymous2025spheres", "silvestre2026attention"),
     "reordering": ("vo2025demystifying", "prillo2020softsort"),
     "spectrum": ("vo2025demystifying",),
 }

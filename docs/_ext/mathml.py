@@ -10,6 +10,7 @@ from latex2mathml.converter import convert
 from sphinx.util import logging
 
 _TAG = re.compile(r"\\tag\{([^{}]*)\}")
+# |x|: no relation, and not as tall as a fraction beside it.
 _BAR = re.compile(r"<mo[^>]*>(&#x0007C;|\|)</mo>")
 _FUNCTION = re.compile(r'(<mi>(?:ln|exp)</mi>)(?!</mrow>|<mo stretchy="false">&#x00028;)')
 _log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 def _mathml(latex: str, display: str, node: nodes.Node) -> str:
     try:
-        found = _BAR.sub('<mo lspace="0" rspace="0">|</mo>', convert(latex, display=display))  # |x|, not a relation
+        found = _BAR.sub('<mo lspace="0" rspace="0" stretchy="false">|</mo>', convert(latex, display=display))
         return _FUNCTION.sub(r'\1<mspace width="0.17em"/>', found)
     except Exception as error:
         _log.warning("a formula that cannot be read: %s (%s)", latex, error, location=node)

@@ -61,7 +61,7 @@ def draw_curves(
         modules = next(line["orders"] for run in runs for line in run.metrics if line.get("orders"))
         if len(modules) > 1:  # colours are the arms' in the first panel
             strokes = [Line2D([], [], color="black", linestyle=dashes) for dashes in LINES]
-            panels[2].legend(strokes, map(place_of, modules), loc="lower left")
+            panels[2].legend(strokes, map(place_of, modules), loc="best")
         panels[3].set_title("Variance between tokens kept\n1: all of it, 0: all tokens are alike")
         lowest = min(line.get_ydata().min() for line in panels[3].lines)  # type: ignore[union-attr]
         if lowest < 0.05:
