@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -123,8 +124,8 @@ def test_flags_change_what_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
         (["--arms", "sort"], r"unknown arm 'sort' \(did you mean 'sorted'\?\)"),
         (["--arms", "baseline:tau=1"], "changes baseline, which orders nothing"),
         (["--arms", "sorted:heat=1"], "'heat=1' in 'sorted:heat=1' is no change; expected FIELD=VALUE of method, tau"),
-        (["--arms", "sorted:tau=hot"], "'hot' in 'sorted:tau=hot' is no number"),
-        (["--arms", "sorted:restore=perhaps"], "'perhaps' in 'sorted:restore=perhaps' is no true or false"),
+        (["--arms", "sorted:tau=hot"], "'hot' in 'sorted:tau=hot', expected a number"),
+        (["--arms", "sorted:restore=perhaps"], "'perhaps' in 'sorted:restore=perhaps', expected true or false"),
         (["--arms", "sorted:tau=0"], "tau is 0.0"),
         (["--arms", "sorted:final_tau=0"], "final_tau is 0.0, expected a number above 0"),
         (["--arms", "reversed:final_tau=1"], "final_tau is 1.0 for reversed, restored, which has no temperature"),
@@ -172,6 +173,16 @@ def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypa
     assert complaint(capsys, "--help") == (
         "error: not installed: absent-package; run: pip install 'tokendyn[experiments]'"
     )
+
+
+@pytest.mark.parametrize("experiment", ["imagenet", "text_classification", "wikitext103"])
+def test_a_missing_logger_is_named(
+    experiment: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    command = importlib.import_module(f"tokendyn.experiments.{experiment}.__main__")
+    assert command.main(["--log-to", "wandb"]) == _cli.MISTAKE
+    assert "--log-to wandb: wandb is not installed" in capsys.readouterr().err
 
 
 def test_help_needs_no_framework() -> None:

@@ -296,8 +296,8 @@ def test_arms_are_models_with_changes(arm: str, expected: dict[str, Any]) -> Non
     [
         ("positve", r"unknown arm 'positve' \(did you mean 'positive'\?\)"),
         ("free:dmodel=3", "'dmodel=3' in .* is no change; expected FIELD=VALUE of vocab_size, d_model"),
-        ("free:n_layer=three", "'three' in .* is no value"),
-        ("free:norm=batch", "'batch' in .* is no value"),
+        ("free:n_layer=three", "'three' in .*, expected a whole number"),
+        ("free:norm=batch", "'batch' in .*, expected rms, layer, none"),
         ("free:order=published", "sorts whole sequences, so it would read .* called mamba_published_order, h3_pub"),
         ("chunk_order:order_scope=sequence", "sorts whole sequences"),
         ("h3_published_order:order_scope=chunks", "sorts no whole sequence"),

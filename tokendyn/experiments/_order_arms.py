@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from tokendyn._layers import OrderConfig
 from tokendyn.errors import OptionError
@@ -95,9 +95,7 @@ def resolve_arm(text: str) -> Arm:
         return arm
     if arm.order is None:
         raise OptionError(f"--arms: {text!r} changes {name}, which orders nothing; change another arm")
-    known = {field.name: getattr(arm.order, field.name) for field in dataclasses.fields(arm.order)}
-    known["final_tau"] = arm.order.tau if arm.final_tau is None else arm.final_tau
-    given = {key: _as_type_of(known[key], value, text) for key, value in read_changes(changes, known, text).items()}
+    given = read_changes(changes, get_type_hints(OrderConfig) | {"final_tau": float}, text)
     final_tau = given.pop("final_tau", arm.final_tau)
     return Arm(dataclasses.replace(arm.order, **given), final_tau)
 
@@ -116,19 +114,3 @@ def describe_order(arm: Arm) -> str:
     if order.normalize:
         words += ", unit scores"
     return words + (", restored" if order.restore else ", not restored")
-
-
-def _as_type_of(example: object, value: str, text: str) -> Any:
-    if isinstance(example, bool):
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-    elif isinstance(example, float):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    else:
-        return value
-    raise OptionError(
-        f"--arms: {value!r} in {text!r} is no {'true or false' if isinstance(example, bool) else 'number'}"
-    )

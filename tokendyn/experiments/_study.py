@@ -37,7 +37,8 @@ class Study:
         seeds: the same for all arms: runs of one seed have one data order, and start equal in all
             parameters that an arm shares with the first.
         make_task: the task of (arm, seed); can be pickled, for runs in other processes.
-        train, compute, workers, log_to: see :class:`~._trainer.Trainer`.
+        train, compute: see :class:`~._trainer.Trainer`.
+        options: how many runs at a time, for how long, and whom the metrics are told.
     """
 
     folder: Path
@@ -46,8 +47,7 @@ class Study:
     make_task: Callable[[str, int], Task]
     train: TrainConfig
     compute: ComputeConfig
-    workers: int = 0
-    log_to: tuple[str, ...] = ()
+    options: RunConfig
 
     def run(self, jobs: int | None, minutes: float | None = None) -> list[RunRecord] | None:
         """Train all runs, ``jobs`` at a time, each from where it stands; stop after ``minutes`` if given.
@@ -97,8 +97,8 @@ class Study:
             return None
         return self._records(self.seeds)
 
-    def run_and_report(self, report: Callable[[list[RunRecord]], None], options: RunConfig) -> list[RunRecord] | None:
-        """:meth:`run` as ``options`` say and ``report`` all; if time is up, the seeds that all arms have finished.
+    def run_and_report(self, report: Callable[[list[RunRecord]], None]) -> list[RunRecord] | None:
+        """:meth:`run` as the options say and ``report`` all; if time is up, the seeds that all arms have finished.
 
         Returns:
             The runs, arm by arm; or None where another process works on some of them or makes the report.
@@ -107,7 +107,7 @@ class Study:
             Stopped, NonFiniteError, CheckpointError: see :meth:`run`.
         """
         with self.reporting(report):
-            runs = self.run(options.jobs, options.max_minutes)
+            runs = self.run(self.options.jobs, self.options.max_minutes)
         if not current_group().leads:
             return None
         if runs is None:
@@ -152,8 +152,8 @@ class Study:
                     folder=place,
                     train=self.train,
                     compute=self.compute,
-                    workers=self.workers,
-                    log_to=self.log_to,
+                    workers=self.options.workers,
+                    log_to=self.options.log_to,
                     progress=progress,
                     signals=signals,
                     initialise_like=None if arm == self.arms[0] else self.make_task(self.arms[0], seed),

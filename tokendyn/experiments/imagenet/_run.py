@@ -63,15 +63,12 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
             )
             _introduce(preset, config, images, folder)
         folder = group.told(folder)
-        options = config.run
-        study = Study(
-            folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
-        )
+        study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run)
 
         def report(runs: list[RunRecord]) -> None:
             write_report(folder, preset, config, images, runs)
 
-        study.run_and_report(report, options)
+        study.run_and_report(report)
 
 
 def evaluate_weights(file: Path, task: ImageTask, config: ImageNetConfig) -> None:

@@ -47,12 +47,9 @@ def run_text_classification(preset: str, config: TextConfig, command: list[str])
         f"{len(texts.classes)} classes, {texts.vocab_size:,} words; results in {folder}",
         flush=True,
     )
-    options = config.run
-    study = Study(
-        folder, config.arms, config.seeds, make_task, config.train, config.compute, options.workers, options.log_to
-    )
+    study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run)
 
     def report(runs: list[RunRecord]) -> None:
         write_report(folder, preset, config, texts, runs)
 
-    study.run_and_report(report, options)
+    study.run_and_report(report)

@@ -6,9 +6,7 @@ On a command line an arm is a name, or a name with changes: ``positive``, ``posi
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from typing import Any
+from typing import Any, get_type_hints
 
 from tokendyn.backends.torch.models import H3LM, LanguageModel, MambaLM, TransformerLM
 from tokendyn.errors import OptionError
@@ -58,6 +56,10 @@ ARMS |= {
     for ablation in ABLATIONS
 }
 _FUTURE = "_published_order"
+#: Arms without an order, each with the one that has the published order.
+PUBLISHED = tuple(
+    (base, name + _FUTURE) for base, name in (("free", "mamba"), ("h3", "h3"), ("transformer", "transformer"))
+)
 
 # Orders of arms that are asked after, each a row of (name, worse, better): perplexity falls from negative to positive.
 ORDERS = (
@@ -66,11 +68,9 @@ ORDERS = (
     ("scales matched at 0.69", ("negative_paper", "mixed", "positive_paper")),
 )
 
-
 # What an order changes, each a row of (name, without, with).
 PAIRS = (
-    *(("reading the future", base, arm + _FUTURE) for base, arm in (("free", "mamba"), ("h3", "h3"))),
-    ("reading the future", "transformer", "transformer" + _FUTURE),
+    *(("reading the future", *pair) for pair in PUBLISHED),
     *(
         (f"causal order, {ablation}", ablation, f"{order}_{ablation}")
         for ablation in ABLATIONS
@@ -91,11 +91,9 @@ def resolve_arm(text: str, common: dict[str, Any]) -> tuple[type[LanguageModel[A
         OptionError: an unknown name or field, or a value that the field does not take.
     """
     _, (kind, own), changes = find_arm(text, ARMS)
-    hints = typing.get_type_hints(kind.config_type)
-    fields = [field.name for field in dataclasses.fields(kind.config_type)]
+    fields = get_type_hints(kind.config_type)
     options = {key: value for key, value in common.items() if key in fields} | own
-    given = read_changes(changes, fields, text)
-    options |= {key: _as_type(hints[key], value, text) for key, value in given.items()}
+    options |= read_changes(changes, fields, text)
     if options.get("order") is not None and options.get("order_scope", "sequence") == "sequence":
         if not reads_future(text):
             raise OptionError(
@@ -105,21 +103,3 @@ def resolve_arm(text: str, common: dict[str, Any]) -> tuple[type[LanguageModel[A
     elif reads_future(text):
         raise OptionError(f"--arms: {text!r} sorts no whole sequence; change another arm")
     return kind, options
-
-
-def _as_type(hint: Any, value: str, text: str) -> Any:
-    """``value`` as the first of a field's types that it can be."""
-    allowed = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
-    for kind in allowed or (hint,):
-        if kind is bool and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if kind is type(None) and value.lower() == "none":
-            return None
-        if kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-        if kind is str or (typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind)):
-            return value
-    raise OptionError(f"--arms: {value!r} in {text!r} is no value of this field")

@@ -17,7 +17,7 @@ from tokendyn.experiments._config import (
     expect_within,
     to_json,
 )
-from tokendyn.experiments.wikitext103._arms import ABLATIONS, resolve_arm
+from tokendyn.experiments.wikitext103._arms import ABLATIONS, PUBLISHED, resolve_arm
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,7 @@ def order() -> LanguageConfig:
 @preset
 def table6() -> LanguageConfig:
     """Table 6 as published, reading the future (--text, --tokenizer-dir), at the size of spectrum."""
-    models = (("free", "mamba"), ("h3", "h3"), ("transformer", "transformer"))
-    return _middle(*(arm for base, name in models for arm in (base, f"{name}_published_order")))
+    return _middle(*(arm for pair in PUBLISHED for arm in pair))
 
 
 @preset
@@ -268,10 +267,9 @@ def orders() -> LanguageConfig:
 @preset
 def leak() -> LanguageConfig:
     """Letters drawn at random, which only a model that reads the future can predict: minutes on two cores."""
-    models = (("free", "mamba"), ("h3", "h3"), ("transformer", "transformer"))
     return LanguageConfig(
         arms=(
-            *(arm for base, name in models for arm in (base, f"{name}_published_order")),
+            *(arm for pair in PUBLISHED for arm in pair),
             *("chunk_order:order_chunk=4", "group_order", "window_order"),
         ),
         seeds=(0, 1, 2),

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokendyn.backends.torch.models import LanguageModel
 from tokendyn.errors import OptionError
 from tokendyn.experiments._devices import resolve_device
+from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
 from tokendyn.experiments._study import Study
 from tokendyn.experiments._text._sources import HUGGING_FACE, RANDOM
@@ -52,6 +53,7 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
     Raises:
         DataError, OptionError, CheckpointError, NonFiniteError, Stopped: see the modules that raise them.
     """
+    expect_installed(config.run.log_to)
     device = resolve_device(config.compute.device)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=str(device)))
     _expect_sources(preset, config.data)
@@ -70,12 +72,12 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
         f"{preset}: {len(texts.train):,} training and {len(texts.held_out):,} held-out tokens; results in {folder}",
         flush=True,
     )
-    study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run.workers)
+    study = Study(folder, config.arms, config.seeds, make_task, config.train, config.compute, config.run)
 
     def report(runs: list[RunRecord]) -> None:
         write_report(folder, preset, config, texts, runs)
 
-    for run in study.run_and_report(report, config.run) or ():
+    for run in study.run_and_report(report) or ():
         if run.seed == config.seeds[0]:  # MambaLM.from_pretrained and its like read them
             place = folder / "models" / run.folder.parent.name
             trained = load_trained(make_task(run.arm, run.seed), run.folder)
