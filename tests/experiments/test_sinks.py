@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +123,22 @@ def test_the_study_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "--length is 1, expected 8 or more" in capsys.readouterr().err
     assert main(["--text", str(tmp_path / "no"), "--out", str(out)]) == 2
     assert "is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("experiment", "mistake", "package"),
+    [("sinks", ["--length", "1"], "torch"), ("figures", ["nosuch"], "matplotlib")],
+)
+def test_a_missing_package_is_named(
+    experiment: str,
+    mistake: list[str],
+    package: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = importlib.import_module(f"tokendyn.experiments.{experiment}.__main__").main
+    assert command(mistake) == 2
+    assert "not installed" not in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, package, None)
+    assert command(mistake) == 2
+    assert capsys.readouterr().err == f"error: not installed: {package}; run: pip install 'tokendyn[experiments]'\n"

@@ -62,9 +62,8 @@ def run(
 
     ``required`` has the packages that it needs by their modules' names, and ``extras`` bring them.
     """
-    missing = [package for module, package in required.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _complain(f"not installed: {', '.join(missing)}; run: pip install 'tokendyn[{extras}]'", MISTAKE)
+    if code := not_installed(required, extras):
+        return code
     try:
         command(arguments)
     except Stopped as stopped:
@@ -77,6 +76,14 @@ def run(
         return _complain(str(error), NON_FINITE)
     except (_Misuse, TokendynError, OSError) as error:  # OSError: disk full, no permission
         return _complain(str(error), MISTAKE)
+    return 0
+
+
+def not_installed(required: Mapping[str, str], extras: str = "experiments") -> int:
+    """Say which packages are missing and what installs them: MISTAKE then, else 0. Arguments as :func:`run`'s."""
+    missing = [package for module, package in required.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _complain(f"not installed: {', '.join(missing)}; run: pip install 'tokendyn[{extras}]'", MISTAKE)
     return 0
 
 
