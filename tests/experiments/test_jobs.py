@@ -12,9 +12,9 @@ import torch
 from tests.experiments.tiny import COMPUTE, TRAIN, Recorder, TinyTask
 from tokendyn.errors import NonFiniteError
 from tokendyn.experiments._cli import Stopped
+from tokendyn.experiments._config import RunConfig
 from tokendyn.experiments._devices import RUNS_ON_A_GPU, jobs_for, take_gpu
 from tokendyn.experiments._jobs import run_jobs
-from tokendyn.experiments._config import RunConfig
 from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
 from tokendyn.experiments._signals import TIME_IS_UP, StopSignals
 from tokendyn.experiments._study import Study
