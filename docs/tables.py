@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tokendyn.experiments._report import markdown_table, plus_minus
 from tokendyn.experiments._statistics import paired, summary
 
 FOLDER = Path(__file__).parent / "_measured"
@@ -24,12 +25,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
-
-
-def spread(summary: dict[str, Any], digits: int, scale: float = 1.0) -> str:
-    return f"{scale * summary['mean']:.{digits}f} ± {scale * summary['deviation']:.{digits}f}"
+    return markdown_table(header, rows) + "\n"
 
 
 def interval(difference: dict[str, Any], digits: int, scale: float = 1.0) -> str:
@@ -45,7 +41,7 @@ def demo_imagenet() -> str:
         rows.append(
             [
                 name,
-                spread(arm["held_out"]["accuracy"], 2, 100),
+                plus_minus(arm["held_out"]["accuracy"], 2, 100),
                 interval(arm["difference"]["accuracy"], 2, 100) if "difference" in arm else "",
                 ", ".join(f"{order['effective_tokens']['mean']:.1f}" for order in orders),
                 ", ".join(f"{order['variance_kept']['mean']:.2g}" for order in orders),
@@ -60,9 +56,9 @@ def demo_wikitext103() -> str:
     rows = [
         [
             name,
-            spread(arm["held_out"]["loss"], 3),
+            plus_minus(arm["held_out"]["loss"], 3),
             interval(arm["difference"]["loss"], 3) if "difference" in arm else "",
-            spread(arm["held_out"]["bits_per_byte"], 3),
+            plus_minus(arm["held_out"]["bits_per_byte"], 3),
             f"{arm['parameters']:,}",
         ]
         for name, arm in result["arms"].items()
@@ -110,11 +106,11 @@ def spectrum() -> str:
     rows = [
         [
             f"`{name}`",
-            spread(arm["held_out"]["perplexity"], 1),
-            spread(arm["held_out"]["bits_per_byte"], 4),
-            spread(arm["held_out"]["word_perplexity"], 0),
-            spread(arm["held_out"]["zero_shot_word_perplexity"], 1),
-            spread(summary([run["training_loss"] for run in curves["arms"][name]]), 3),
+            plus_minus(arm["held_out"]["perplexity"], 1),
+            plus_minus(arm["held_out"]["bits_per_byte"], 4),
+            plus_minus(arm["held_out"]["word_perplexity"], 0),
+            plus_minus(arm["held_out"]["zero_shot_word_perplexity"], 1),
+            plus_minus(summary([run["training_loss"] for run in curves["arms"][name]]), 3),
         ]
         for name, arm in arms.items()
     ]
@@ -167,8 +163,8 @@ def spectrum_blocks() -> str:
                 f"{100 * first:.0f} → {100 * second:.0f} → {100 * last:.0f} %",
                 f"{100 * min(pairs):.1f} to {100 * max(pairs):.1f} %",
                 f"{fmean(run[2] for run in norms['norms']):.2f}",
-                spread(summary([run[-1] for run in norms["norms"]]), 2),
-                spread(summary([run[-1] for run in norms["norms_ode"]]), 1),
+                plus_minus(summary([run[-1] for run in norms["norms"]]), 2),
+                plus_minus(summary([run[-1] for run in norms["norms_ode"]]), 1),
             ]
         )
     header = ["arm", "largest magnitude", "own sign", "pairs", "pairs, by layer and seed"]
@@ -184,7 +180,7 @@ def _accuracy(name: str) -> str:
     rows = [
         [
             f"`{arm}`",
-            spread(found["held_out"]["accuracy"], 2, 100),
+            plus_minus(found["held_out"]["accuracy"], 2, 100),
             interval(found["difference"]["accuracy"], 2, 100) if "difference" in found else "",
             interval(found["shuffle_loss"], 2, 100) if arm != "mean" else "0, by construction",
         ]
@@ -253,9 +249,9 @@ def orders() -> str:
     for name, arm in _orders().items():
         found = arm["held_out"]
         shown = [
-            spread(found["perplexity"], 1),
-            spread(found["bits_per_byte"], 4),
-            spread(found["zero_shot_word_perplexity"], 0),
+            plus_minus(found["perplexity"], 1),
+            plus_minus(found["bits_per_byte"], 4),
+            plus_minus(found["zero_shot_word_perplexity"], 0),
         ]
         cells = [f"[{cell}]" if arm["reads_future"] else cell for cell in shown]
         rows.append([f"`{name}`", *cells, f"{arm['parameters']:,}"])
@@ -303,7 +299,7 @@ def token_norms() -> str:
         measured = [summary([run[place] for run in norms["norms"]]) for place in (0, 2, -1)]
         predicted = summary([run[-1] - run[0] for run in norms["norms_ode"]])
         grown = summary([run[-1] - run[0] for run in norms["norms"]])
-        rows.append([f"`{name}`", *(spread(found, 2) for found in (*measured, grown)), spread(predicted, 2)])
+        rows.append([f"`{name}`", *(plus_minus(found, 2) for found in (*measured, grown)), plus_minus(predicted, 2)])
     header = ["arm", "before", "after 2 blocks", "after all", "growth", "growth predicted"]
     return table(header, rows)
 
@@ -313,9 +309,9 @@ def _classified(name: str) -> str:
     rows = [
         [
             f"`{arm}`",
-            spread(found["held_out"]["accuracy"], 2, 100),
+            plus_minus(found["held_out"]["accuracy"], 2, 100),
             interval(found["difference"]["accuracy"], 2, 100) if "difference" in found else "",
-            spread(found["held_out"]["loss"], 4),
+            plus_minus(found["held_out"]["loss"], 4),
             ", ".join(f"{order['effective_tokens']['mean']:.1f}" for order in found["orders"].values()),
         ]
         for arm, found in result["arms"].items()
@@ -337,7 +333,7 @@ def text_leak() -> str:
     """The published order on short sequences of bytes; what is no perplexity stands in brackets."""
     rows = []
     for arm, found in json.loads((FOLDER / "text_leak.json").read_text(encoding="utf-8"))["arms"].items():
-        cells = [spread(found["held_out"][key], 2) for key in ("perplexity", "bits_per_byte")]
+        cells = [plus_minus(found["held_out"][key], 2) for key in ("perplexity", "bits_per_byte")]
         rows.append([f"`{arm}`", *(f"[{cell}]" if arm.endswith("published_order") else cell for cell in cells)])
     return table(["arm", "perplexity of a byte", "bits a byte"], rows)
 

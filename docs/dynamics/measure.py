@@ -19,14 +19,14 @@ import numpy as np
 
 from tokendyn import classify, classify_sphere, simulate, simulate_sphere
 from tokendyn.core import _sphere
+from tokendyn.experiments._report import markdown_table
 
 FOLDER = Path(__file__).parent / "_measured"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "results" / "dynamics.json"
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+    return markdown_table(header, rows) + "\n"
 
 
 def convergence() -> str:

@@ -15,7 +15,8 @@ from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import RunConfig
 from tokendyn.experiments._devices import RUNS_ON_A_GPU, jobs_for, take_gpu
 from tokendyn.experiments._jobs import run_jobs
-from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
+from tokendyn.experiments._report import of_planned, seeds_of
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._signals import TIME_IS_UP, StopSignals
 from tokendyn.experiments._study import Study
 

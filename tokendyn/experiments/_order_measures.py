@@ -9,11 +9,9 @@ from torch import nn
 
 from tokendyn.backends.torch.layers import OrderRecord, record_orders
 
-ORDER_MEASURES = ("tokens", "effective_tokens", "variance_kept", "score_deviation")
-
 
 def measure_orders(model: nn.Module, *inputs: Any) -> dict[str, dict[str, float]]:
-    """By ordering module (those that ordered anything): :data:`ORDER_MEASURES`, means over sequences and places."""
+    """:func:`of_order` by ordering module, of those that ordered anything."""
     with torch.no_grad(), record_orders(model) as records:
         if records:
             model(*inputs)
@@ -21,7 +19,7 @@ def measure_orders(model: nn.Module, *inputs: Any) -> dict[str, dict[str, float]
 
 
 def of_order(record: OrderRecord) -> dict[str, float]:
-    """:data:`ORDER_MEASURES` of one record."""
+    """How many tokens, and means over sequences and places of a record."""
     return {
         "tokens": record.order.scores.shape[1],
         "effective_tokens": record.effective_tokens.mean().item(),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokendyn.experiments._order_arms import describe_order, resolve_arm
-from tokendyn.experiments._run_folder import RunRecord, of_planned
+from tokendyn.experiments._report import cost, over_seeds, plus_minus, text_table
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._statistics import paired, summary
 
 
@@ -25,7 +25,7 @@ def summarise_arms(orders: dict[str, Any], runs: Sequence[RunRecord]) -> dict[st
             "orders": _nested(held_out, "orders"),
             "tokens": _nested(held_out, "tokens"),
             "parameters": of_arm[0].result["parameters"],
-            "cost": _cost(of_arm),
+            "cost": cost(of_arm, seconds_per_step=lambda window: window["seconds"] / window["steps"]),
         }
         if "accuracy_shuffled" in scores:
             arms[arm]["shuffle_loss"] = paired(
@@ -47,28 +47,19 @@ def _nested(held_out: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str,
     }
 
 
-def _cost(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Seconds a training step (median over all windows but each run's first) and peak memory of the GPU."""
-    windows = [entry for run in runs for entry in (run.timings[1:] or run.timings)]
-    memory = [entry["gpu_memory_bytes"] for entry in windows if "gpu_memory_bytes" in entry]
-    return {
-        "seconds_per_step": statistics.median(entry["seconds"] / entry["steps"] for entry in windows),
-        "gpu_memory_bytes": max(memory) if memory else None,
-    }
-
-
 def format_table(result: dict[str, Any], place_of: Callable[[str], str]) -> str:
     """The table as text, one row an arm, and below it what the arms' orders are; ``place_of`` names a module."""
     header = ["arm", "accuracy %", "loss", "tokens averaged", "variance kept", "ms/step", "parameters"]
-    rows, notes = [header], []
+    rows: list[list[str]] = []
+    notes = []
     for arm, values in result["arms"].items():
         held_out, orders = values["held_out"], values["orders"].values()
         memory = values["cost"]["gpu_memory_bytes"]
         rows.append(
             [
                 arm,
-                _plus_minus(held_out["accuracy"], 100, 2),
-                _plus_minus(held_out["loss"], 1, 4),
+                plus_minus(held_out["accuracy"], 2, 100),
+                plus_minus(held_out["loss"], 4),
                 ", ".join(f"{order['effective_tokens']['mean']:.1f}" for order in orders) or "-",
                 ", ".join(f"{order['variance_kept']['mean']:.2g}" for order in orders) or "-",
                 f"{1000 * values['cost']['seconds_per_step']:.0f}",
@@ -78,14 +69,10 @@ def format_table(result: dict[str, Any], place_of: Callable[[str], str]) -> str:
         )
         where = [f"{place_of(name)} ({o['tokens']['mean']:.0f} tokens)" for name, o in values["orders"].items()]
         notes.append(f"{arm}: {describe_order(resolve_arm(arm))}" + (f"; {', '.join(where)}" if where else ""))
-    if len(rows[1]) > len(header):
+    if len(rows[0]) > len(header):
         header.append("GPU MiB")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    count = len(result["seeds"])
-    seeds = "one seed" if count == 1 else f"mean ± standard deviation over {count} seeds"
-    title = f"held-out results, {seeds}{of_planned(result)}"
-    return "\n".join([title, lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes])
+    table = text_table(f"held-out results, {over_seeds(result)}", header, rows)
+    return "\n".join([table, "", *notes])
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
@@ -105,8 +92,3 @@ def conclusions(result: dict[str, Any]) -> list[str]:
             )
         sentences.append(sentence)
     return sentences
-
-
-def _plus_minus(values: dict[str, Any], scale: float, digits: int) -> str:
-    mean = f"{scale * values['mean']:.{digits}f}"
-    return mean if values["deviation"] is None else f"{mean} ± {scale * values['deviation']:.{digits}f}"

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,17 +115,6 @@ def read_run(folder: Path, arm: str, seed: int) -> RunRecord:
         raise CheckpointError(
             f"the finished run in {place} cannot be read ({cause}); delete it to train it anew"
         ) from cause
-
-
-def seeds_of(runs: Sequence[RunRecord], planned: Sequence[int]) -> dict[str, Any]:
-    """For a report: ``seeds`` of the runs, and those ``planned`` where some are not finished yet."""
-    seeds = list(dict.fromkeys(run.seed for run in runs))
-    return {"seeds": seeds} if len(seeds) == len(planned) else {"seeds": seeds, "seeds_planned": list(planned)}
-
-
-def of_planned(result: dict[str, Any]) -> str:
-    """`` (of 3 planned)`` for a report on some of the seeds, nothing for one on all."""
-    return f" (of {len(result['seeds_planned'])} planned)" if "seeds_planned" in result else ""
 
 
 def _default_folder(parent: Path, stem: str, resume: str) -> Path:

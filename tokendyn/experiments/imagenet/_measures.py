@@ -24,7 +24,7 @@ def measure_mechanism(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[
     """More on the orders, and on the tokens, from one forward and backward pass over ``inputs``.
 
     Returns:
-        ``orders``: by ordering module, for orders by score, :data:`~.._order_measures.ORDER_MEASURES` and
+        ``orders``: by ordering module, for orders by score, :func:`~.._order_measures.of_order` and
 
         - ``score_gradient``: how the loss of an image reacts to its scores: norm over the tokens of its gradient
           towards them, times their deviation (so that their scale does not matter); mean over sequences.

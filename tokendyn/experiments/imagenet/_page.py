@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tokendyn.experiments._files import write_bytes
 from tokendyn.experiments._order_arms import describe_order, resolve_arm
-from tokendyn.experiments._run_folder import of_planned
+from tokendyn.experiments._report import markdown_table, of_planned, plus_minus
 from tokendyn.experiments.imagenet._task import stage_of
 
 Result = dict[str, Any]
-
-
-def write_page(folder: Path, result: Result, figures: Sequence[Path]) -> Path:
-    """Write ``report.md`` into ``folder``; its path. ``figures`` lie below it."""
-    path = folder / "report.md"
-    shown = [f"![{figure.stem}]({figure.relative_to(folder)})" for figure in figures if figure.suffix == ".png"]
-    write_bytes(path, ("\n\n".join([*page(result), *shown]) + "\n").encode())
-    return path
 
 
 def page(result: Result) -> list[str]:
@@ -33,12 +23,12 @@ def page(result: Result) -> list[str]:
         f"the interval is the 95 % one of their mean (Student's t). Each misses the truth with a chance of 5 %, so at "
         f"least one of the {len(arms) - 1} does with a chance of up to {min(100, 5 * (len(arms) - 1))} %.",
         " ".join(conclusion(result)),
-        _table(
+        markdown_table(
             ["arm", "order", "accuracy %", f"minus {reference}, points", "95 % interval", "shuffled at test time %"],
             [_row(arm, values) for arm, values in arms.items()],
         ),
         "## What the orders did",
-        _table(
+        markdown_table(
             [
                 "arm",
                 "stage",
@@ -57,7 +47,7 @@ def page(result: Result) -> list[str]:
         "Tokens averaged by a sorted place: 1 is a sort. Reaction: norm of the gradient of an image's loss towards its "
         "scores, times their deviation. Agreement: mean rank correlation of the tokens' places between two images.",
         "## What the tokens did",
-        _table(
+        markdown_table(
             ["arm", "after", "cosine of two tokens", "cosine with the first", "clusters"],
             [
                 [arm, stage_of(f"{block}.x"), *(_number(measures[key]) for key in _TOKEN_COLUMNS)]
@@ -118,12 +108,11 @@ def conclusion(result: Result) -> list[str]:
 
 def _row(arm: str, values: dict[str, Any]) -> list[str]:
     held_out, difference = values["held_out"], values.get("difference", {}).get("accuracy")
-    mean, deviation = (held_out["accuracy"][key] for key in ("mean", "deviation"))
     interval = difference and difference["interval95"]
     return [
         arm,
         describe_order(resolve_arm(arm)),
-        f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"),
+        plus_minus(held_out["accuracy"], 2, 100),
         f"{100 * difference['mean']:+.2f}" if difference else "",
         f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}" if interval else "",
         f"{100 * held_out['accuracy_shuffled']['mean']:.2f}",
@@ -142,8 +131,3 @@ def _number(value: dict[str, Any] | None) -> str:
 
 def _names(arms: Sequence[str]) -> str:
     return ", ".join(arms)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokendyn.experiments._files import write_json
 from tokendyn.experiments._order_report import conclusions, format_table, summarise_arms
-from tokendyn.experiments._run_folder import RunRecord, seeds_of
+from tokendyn.experiments._report import pictures, seeds_of, write_page
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments.imagenet._config import ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images
 from tokendyn.experiments.imagenet._task import stage_of
@@ -38,10 +39,10 @@ def write_report(
     figures = draw_figure(folder / "figures", config, images, runs)
     if config.data.mechanism:
         from tokendyn.experiments.imagenet._mechanism import draw_mechanism
-        from tokendyn.experiments.imagenet._page import write_page
+        from tokendyn.experiments.imagenet._page import page
 
         figures += draw_mechanism(folder / "figures", result, images, runs)
-        figures.append(write_page(folder, result, figures))
+        figures.append(write_page(folder, [*page(result), *pictures(figures, folder)]))
     print("\n" + format_table(result, stage_of))
     print()
     for sentence in conclusions(result):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokendyn.experiments._files import write_bytes, write_json
+from tokendyn.experiments._files import write_json
 from tokendyn.experiments._order_report import conclusions, format_table, summarise_arms
-from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
+from tokendyn.experiments._report import of_planned, pictures, seeds_of, write_page
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments.text_classification._config import TextConfig
 from tokendyn.experiments.text_classification._reference import reference
 from tokendyn.experiments.text_classification._task import block_of
@@ -33,8 +34,7 @@ def write_report(folder: Path, preset: str, config: TextConfig, texts: Texts, ru
     write_json(folder / "result.json", result)
     figures = draw_figure(folder / "figures", config, result["reference"], runs)
     table, sentences = format_table(result, block_of), [*conclusions(result), against_reference(result)]
-    page = folder / "report.md"
-    write_bytes(page, _page(result, table, sentences, figures, folder).encode())
+    page = write_page(folder, [*_page(result, table, sentences), *pictures(figures, folder)])
     print("\n" + table + "\n")
     print("\n".join(sentences))
     print("\n" + "\n".join(f"  {path}" for path in (folder / "result.json", page, *figures)))
@@ -47,9 +47,9 @@ def against_reference(result: dict[str, Any]) -> str:
     return f"{result['reference']['name']}: {100 * accuracy:.2f} %; above it: {', '.join(above) or 'no arm'}"
 
 
-def _page(result: dict[str, Any], table: str, sentences: Sequence[str], figures: Sequence[Path], folder: Path) -> str:
+def _page(result: dict[str, Any], table: str, sentences: Sequence[str]) -> list[str]:
     data, seeds = result["data"], len(result["seeds"])
-    paragraphs = [
+    return [
         f"# Does order help to classify? {data['train']:,} training texts, {len(data['classes'])} classes",
         f"{data['test']:,} test texts, evaluated at steps that were fixed beforehand; {seeds} "
         f"seed{'s' if seeds > 1 else ''}{of_planned(result)}, each with the same data order and initial weights in all "
@@ -57,6 +57,4 @@ def _page(result: dict[str, Any], table: str, sentences: Sequence[str], figures:
         f"misses the truth with a chance of 5 %; there are {len(result['arms']) - 1} here.",
         "\n".join(f"- {sentence}" for sentence in sentences),
         f"```text\n{table}\n```",
-        *(f"![{figure.stem}]({figure.relative_to(folder)})" for figure in figures if figure.suffix == ".png"),
     ]
-    return "\n\n".join(paragraphs) + "\n"

@@ -8,8 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokendyn.experiments._files import write_bytes, write_json
-from tokendyn.experiments._run_folder import RunRecord, of_planned, seeds_of
+from tokendyn.experiments._files import write_json
+from tokendyn.experiments._report import (
+    cost,
+    markdown_table,
+    over_seeds,
+    pictures,
+    plus_minus,
+    seeds_of,
+    text_table,
+    write_page,
+)
+from tokendyn.experiments._run_folder import RunRecord
 from tokendyn.experiments._statistics import paired, summary
 from tokendyn.experiments._text._sources import LETTERS, RANDOM
 from tokendyn.experiments.wikitext103._arms import ORDERS, PAIRS, reads_future
@@ -37,8 +47,7 @@ def write_report(folder: Path, preset: str, config: LanguageConfig, texts: Texts
     result["comparisons"] = compare(config, runs)
     write_json(folder / "result.json", result)
     figures = draw_figure(folder / "figures", config, runs)
-    page = folder / "report.md"
-    write_bytes(page, write_page(result, figures, folder).encode())
+    page = write_page(folder, paragraphs(result, pictures(figures, folder)))
     print("\n" + format_table(result) + "\n")
     for sentence in conclusions(result):
         print(sentence)
@@ -50,6 +59,7 @@ def summarise_arms(config: LanguageConfig, runs: Sequence[RunRecord]) -> dict[st
     arms: dict[str, Any] = {}
     models = config.models()
     reference = _held_out(runs, config.arms[0])
+    tokens = config.train.batch_size * config.data.sequence_length
     for arm in config.arms:
         held_out = _held_out(runs, arm)
         scores = [key for key, value in held_out[0].items() if not isinstance(value, dict)]
@@ -60,7 +70,7 @@ def summarise_arms(config: LanguageConfig, runs: Sequence[RunRecord]) -> dict[st
             "held_out": {key: summary([values[key] for values in held_out]) for key in scores},
             "blocks": [values["blocks"] for values in held_out if "blocks" in values],
             "parameters": of_arm[0].result["parameters"],
-            "cost": _cost(of_arm, config),
+            "cost": cost(of_arm, tokens_per_second=lambda window: tokens * window["steps"] / window["seconds"]),
         }
         if arm != config.arms[0]:
             arms[arm]["difference"] = {
@@ -135,44 +145,37 @@ def _against_entropy(result: Result) -> str:
 
 def format_table(result: Result) -> str:
     """The table as text, one row an arm."""
-    header, rows = _rows(result)
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-    return "\n".join([f"held-out results, {_seeds(result)}", lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return text_table(f"held-out results, {over_seeds(result)}", *_rows(result))
 
 
-def write_page(result: Result, figures: Sequence[Path], folder: Path) -> str:
-    """``report.md``: the question, the answer as far as the numbers go, the table, what the blocks did."""
-    header, rows = _rows(result)
+def paragraphs(result: Result, shown: Sequence[str]) -> list[str]:
+    """``report.md``: the question, the answer as far as the numbers go, the table, ``shown``, what the blocks did."""
     data = result["data"]
     layers = [
         [arm, index, *(_mean_of(values["blocks"], index, key) for key in ("eigenvalues", "positive_pairs", "ode_rate"))]
         for arm, values in result["arms"].items()
         for index in (values["blocks"][0].get("layers", {}) if values["blocks"] else {})
     ]
-    paragraphs = [
+    page = [
         f"# What the spectrum does: {data['train']['tokens']:,} training tokens",
-        f"{data['held_out']['tokens']:,} held-out tokens; {_seeds(result)}, each with the same windows of text in the "
-        f"same order in all arms, and the same initial weights where names and shapes agree. Differences are taken "
+        f"{data['held_out']['tokens']:,} held-out tokens; {over_seeds(result)}, each with the same windows of text in "
+        f"the same order in all arms, and the same initial weights where names and shapes agree. Differences are taken "
         f"seed by seed; the interval is the 95 % one of their mean (Student's t). One in twenty of such intervals "
         f"misses the truth by chance; there are {len(result['comparisons'])} here.",
         "\n".join(f"- {sentence}" for sentence in conclusions(result)) or "No two arms have a question between them.",
-        _markdown(header, rows),
-        *(f"![{figure.stem}]({figure.relative_to(folder)})" for figure in figures if figure.suffix == ".png"),
+        markdown_table(*_rows(result)),
+        *shown,
     ]
     if layers:
-        paragraphs += [
+        page += [
             "## The layers of Mamba at the end",
-            _markdown(["arm", "layer", "largest eigenvalue", "positive x_lᵀ M x_j", "rate of the ODE"], layers),
+            markdown_table(["arm", "layer", "largest eigenvalue", "positive x_lᵀ M x_j", "rate of the ODE"], layers),
             "Largest magnitude of the eigenvalues of M that are not 0 by rank; part of all pairs j < l of held-out "
             "tokens with x_lᵀ M x_j > 0; mean of d ln‖x_l‖/dt by the token dynamics, a block being one unit of time. "
             "In a free layer the symmetric part of M always has as many positive as negative eigenvalues: their count "
             "says nothing.",
         ]
-    return "\n\n".join(paragraphs) + "\n"
+    return page
 
 
 def _rows(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -183,14 +186,14 @@ def _rows(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm, values in result["arms"].items():
         held_out = values["held_out"]
-        perplexity = _plus_minus(held_out["perplexity"])
+        perplexity = plus_minus(held_out["perplexity"], 2)
         words = ["word_perplexity", *(f"{name}_word_perplexity" for name in others)]
         layers = [layer for blocks in values["blocks"] for layer in blocks.get("layers", {}).values()]
         rows.append(
             [
                 arm,
                 f"[{perplexity}]" if values["reads_future"] else perplexity,
-                _plus_minus(held_out["bits_per_byte"], 4),
+                plus_minus(held_out["bits_per_byte"], 4),
                 *(f"{held_out[key]['mean']:,.4g}" for key in words),
                 f"{statistics.fmean(layer['eigenvalues'][0] for layer in layers):.3g}" if layers else "-",
                 f"{100 * statistics.fmean(layer['positive_pairs'] for layer in layers):.0f} %" if layers else "-",
@@ -205,31 +208,6 @@ def _held_out(runs: Sequence[RunRecord], arm: str) -> list[dict[str, Any]]:
     return [run.result["held_out"] for run in runs if run.arm == arm]
 
 
-def _cost(runs: Sequence[RunRecord], config: LanguageConfig) -> dict[str, Any]:
-    """Training tokens a second (median over all windows of steps but each run's first), peak memory of the GPU."""
-    windows = [entry for run in runs for entry in (run.timings[1:] or run.timings)]
-    memory = [entry["gpu_memory_bytes"] for entry in windows if "gpu_memory_bytes" in entry]
-    tokens = config.train.batch_size * config.data.sequence_length
-    return {
-        "tokens_per_second": statistics.median(tokens * entry["steps"] / entry["seconds"] for entry in windows),
-        "gpu_memory_bytes": max(memory) if memory else None,
-    }
-
-
 def _mean_of(blocks: Sequence[dict[str, Any]], index: str, key: str) -> str:
     values = [found["layers"][index][key] for found in blocks]
     return f"{statistics.fmean(value[0] if isinstance(value, list) else value for value in values):.3g}"
-
-
-def _seeds(result: Result) -> str:
-    count = len(result["seeds"])
-    return ("one seed" if count == 1 else f"mean ± standard deviation over {count} seeds") + of_planned(result)
-
-
-def _plus_minus(values: dict[str, Any], digits: int = 2) -> str:
-    mean = f"{values['mean']:.{digits}f}"
-    return mean if values["deviation"] is None else f"{mean} ± {values['deviation']:.{digits}f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
