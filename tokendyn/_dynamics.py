@@ -1,4 +1,4 @@
-"""Token dynamics: simulate a trajectory, or an ensemble of them. Public functions and their argument checks."""
+"""Token dynamics: simulate and classify, on the line, in R^D and on spheres. Public functions, argument checks."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _simulate(
             raise OptionError(f"{name}: times must be rising numbers in [0, t_end = {t_end}], got {times}")
     kind = kind_of(x0)
     if kind in ("torch", "jax"):
-        return _simulate_on(kind, name, x0, parameters, sphere, t_end, times, rtol, max_steps)
+        return _simulate_on(kind, x0, parameters, sphere, t_end, times, rtol, max_steps)
     for key, value in parameters.items():
         if kind_of(value) in ("torch", "jax"):
             raise DTypeError(
@@ -229,7 +229,6 @@ def _simulate(
 
 def _simulate_on(
     kind: str,
-    name: str,
     x0: Any,
     parameters: dict[str, Any],
     sphere: bool,

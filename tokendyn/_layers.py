@@ -86,6 +86,17 @@ class OrderConfig:
         return cls.published() if value == "published" else cls(method=value)  # type: ignore[arg-type]
 
 
+def expect_order_without_gate(layer: str, order: OrderConfig | str | None) -> None:
+    """``order=`` of a ``layer`` that orders tokens where no gate can be brought into the same order.
+
+    Raises:
+        OptionError: there is no order, or one with ``reorder_gate``.
+    """
+    config = OrderConfig.of(order)
+    if config is None or config.reorder_gate:
+        raise OptionError(f"{layer}: order is {order!r}, expected an order without reorder_gate, for it meets no gate")
+
+
 class Constructor:
     """``tokendyn.NAME``: the class or function NAME of the current backend, which is looked up when it is used."""
 

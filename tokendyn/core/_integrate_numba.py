@@ -169,7 +169,7 @@ def _when(y, coefficients, time):
 
 
 @kernel()
-def _growth(p, tokens, y, slopes, l):
+def _growth(p, y, slopes, l):
     """d ln|x_l| / dσ at the beginning of the slopes."""
     if logarithmic(p):
         return slopes[0, 1 + l]
@@ -186,12 +186,12 @@ def _blown_up(p, tokens, y, slopes):
     """The first token that blows up here and now, or -1. ``slopes[0]`` belongs to y."""
     largest = 0.0
     for l in range(tokens):
-        largest = max(largest, _growth(p, tokens, y, slopes, l))
+        largest = max(largest, _growth(p, y, slopes, l))
     # dt/dσ over the growth a σ is the e-folding time
     if largest <= 0.0 or slopes[0, 0] / largest > _RESOLUTION * y[0]:
         return -1
     for l in range(tokens):
-        if _growth(p, tokens, y, slopes, l) >= _SAME_TIME * largest:
+        if _growth(p, y, slopes, l) >= _SAME_TIME * largest:
             return l
     return -1
 

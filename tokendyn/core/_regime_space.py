@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tokendyn.core._flow import channels
+from tokendyn.core._flow import channels, flow_rhs
 from tokendyn.core._parametrize import io_spectrum
 from tokendyn.core._regime import FATES, Regime
 from tokendyn.core._regime_numba import (
@@ -159,8 +159,6 @@ def _first_token(x: np.ndarray, p: Any, shared: bool, low: float, high: float) -
 
 def _look(x0: np.ndarray, parameters: dict[str, Any], fates: np.ndarray) -> Any:
     """Simulate, and enter what the undecided tokens are seen to do into ``fates``."""
-    from tokendyn.core._flow import flow_rhs
-
     speed = np.linalg.norm(flow_rhs(x0, **parameters), axis=1)
     norms = np.linalg.norm(x0, axis=1)
     rate = np.max(speed[norms > 0] / norms[norms > 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,6 @@ def classify_sphere(x0: np.ndarray, parameters: dict[str, Any]) -> SphereRegime:
     return _drawn(x0, parameters, unknown)
 
 
-def _replace(regime: SphereRegime, **fields: Any) -> SphereRegime:
-    return SphereRegime(**{**regime.__dict__, **fields})
-
-
 def _mixer(x0: np.ndarray, parameters: dict[str, Any], unknown: SphereRegime) -> SphereRegime:
     """Attention and AR(p): token 1 rests, and with V = I the others come to ± it."""
     length = len(x0)
@@ -53,13 +50,13 @@ def _mixer(x0: np.ndarray, parameters: dict[str, Any], unknown: SphereRegime) ->
         return unknown
     if unknown.case == "softmax":
         signs = np.ones(length)
-        return _replace(
+        return replace(
             unknown, kind="consensus", limit=x0[0], signs=signs, rates=softmax_rates(length), certainty="theorem"
         )
     form = float((parameters["Q"] @ x0[0]) @ (parameters["K"] @ x0[0]))
     rates = form * np.arange(length)
     if form <= 0:
-        return _replace(unknown, kind="repulsion" if form else "undecided", rates=rates, certainty="derived")
+        return replace(unknown, kind="repulsion" if form else "undecided", rates=rates, certainty="derived")
     return _settle(x0, parameters, unknown, x0[0], lambda signs: rates)
 
 
@@ -75,12 +72,12 @@ def _shared(x0: np.ndarray, parameters: dict[str, Any], unknown: SphereRegime) -
     signs[0] = 1.0
     if form <= 0:
         kind = "repulsion" if form else "undecided"
-        return _replace(unknown, kind=kind, signs=signs, rates=rates(np.ones(len(x0))), certainty="derived")
+        return replace(unknown, kind=kind, signs=signs, rates=rates(np.ones(len(x0))), certainty="derived")
     if len(x0) == 1:
-        return _replace(unknown, kind="stationary", limit=x0[0], signs=signs, rates=rates(signs), certainty="derived")
+        return replace(unknown, kind="stationary", limit=x0[0], signs=signs, rates=rates(signs), certainty="derived")
     signs[1] = np.sign((p.S_C @ x0[1]) @ (p.S_B @ x0[0]))
     if len(x0) == 2 and signs[1]:
-        return _replace(unknown, kind="consensus", limit=x0[0], signs=signs, rates=rates(signs), certainty="derived")
+        return replace(unknown, kind="consensus", limit=x0[0], signs=signs, rates=rates(signs), certainty="derived")
     return _settle(x0, parameters, unknown, x0[0], rates)
 
 
@@ -95,7 +92,7 @@ def _drawn(x0: np.ndarray, parameters: dict[str, Any], unknown: SphereRegime) ->
     first = trajectory.tokens[-1, 0]
     limit = max(stable, key=lambda point: float(first @ point.point))
     if np.linalg.norm(first - limit.point) > _ARRIVED:
-        return _replace(unknown, trajectory=trajectory)
+        return replace(unknown, trajectory=trajectory)
     form = float((p.S_C @ limit.point) @ (p.S_B @ limit.point))
 
     def rates(signs: np.ndarray) -> np.ndarray:
@@ -132,8 +129,8 @@ def _arrive(trajectory: Any, unknown: SphereRegime, limit: np.ndarray, rates: An
     along = end @ limit
     signs = np.where(np.abs(np.abs(along) - 1) < _ARRIVED**2, np.sign(along), 0.0)
     if (signs == 0).any():
-        return _replace(unknown, limit=limit, signs=signs, trajectory=trajectory)
-    return _replace(unknown, kind="consensus", limit=limit, signs=signs, rates=rates(signs), trajectory=trajectory)
+        return replace(unknown, limit=limit, signs=signs, trajectory=trajectory)
+    return replace(unknown, kind="consensus", limit=limit, signs=signs, rates=rates(signs), trajectory=trajectory)
 
 
 def _channels(D: int, parameters: dict[str, Any]) -> _flow.Channels:

@@ -19,6 +19,7 @@ from tokendyn._causality import (
     perturbed_places,
 )
 from tokendyn._dispatch import describe
+from tokendyn.backends.torch.layers._packing import sequence_starts
 from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
 
@@ -184,8 +185,8 @@ def _hidden(length: int, t: int, seq_idx: Tensor | None) -> Tensor:
     row = seq_idx[0].cpu()
     if seq_idx.shape[-1] != length or not (seq_idx.cpu() == row).all():
         raise ShapeError(f"causality: seq_idx has shape {tuple(seq_idx.shape)}, expected equal rows of length {length}")
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), (row[1:] != row[:-1]).long()]).cumsum(0)
-    return earlier | (starts != starts[t])
+    sequence = sequence_starts(row[None])[0].cumsum(0)
+    return earlier | (sequence != sequence[t])
 
 
 def _start(model: nn.Module, length: int, tokens: Tensor | None, draw: torch.Generator) -> Tensor:

@@ -37,7 +37,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write ``tensors`` as safetensors; tied ones are written once each.
+    """Write ``tensors`` as safetensors; tied ones under each of their names.
 
     The file is moved into place when it is whole: what was read from an older one may still lie in its pages.
     """
@@ -71,7 +71,7 @@ def _safetensors() -> Any:
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors that share no memory, as safetensors asks: tied weights are written twice."""
+    """Contiguous tensors that share no memory, as safetensors asks: tied weights are copied."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from tokendyn import _checks as check
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn.backends.jax.layers._mamba import Mamba, exact_dtype, expect_one_token
-from tokendyn.errors import OptionError
 
 
 class ChunkOrderMamba(Mamba):
@@ -36,9 +35,8 @@ class ChunkOrderMamba(Mamba):
 
     def __init__(self, d_model: int, *, chunk: int, order: OrderConfig | str, **options: Any) -> None:
         check.expect_size("ChunkOrderMamba", "chunk", chunk)
+        expect_order_without_gate("ChunkOrderMamba", order)
         super().__init__(d_model, order=order, **options)
-        if self.order is None or self.order.config.reorder_gate:
-            raise OptionError(f"ChunkOrderMamba: order is {order!r}, expected an order without reorder_gate")
         self.chunk = chunk
 
     def mix(self, x: jax.Array, z: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokendyn import _checks as check
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn.backends.jax.layers._mamba import Mamba, exact_dtype, expect_one_token
 from tokendyn.backends.jax.layers._ordering import make_ordering
 from tokendyn.errors import OptionError
@@ -43,6 +43,7 @@ class GroupOrderMamba(Mamba):
         **options: Any,
     ) -> None:
         check.expect_size("GroupOrderMamba", "groups", groups)
+        expect_order_without_gate("GroupOrderMamba", order)
         super().__init__(d_model, param_dtype=param_dtype, rngs=rngs, **options)
         if groups < 2 or self.d_inner % groups:
             raise OptionError(
@@ -51,8 +52,6 @@ class GroupOrderMamba(Mamba):
             )
         self.groups = groups
         ordering = make_ordering(order, self.d_inner // groups, param_dtype=param_dtype, rngs=rngs)
-        if ordering is None or ordering.config.reorder_gate:
-            raise OptionError(f"GroupOrderMamba: order is {order!r}, expected an order without reorder_gate")
         self.order = nnx.data(ordering)  # it was None, which NNX takes for no module ever
 
     def mix(self, x: jax.Array, z: jax.Array) -> jax.Array:

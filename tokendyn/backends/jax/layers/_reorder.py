@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokendyn import _checks as check
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn.backends.jax.layers._ordering import expect_tokens, make_ordering
-from tokendyn.errors import OptionError
 
 
 class TokenReorder(nnx.Module):
@@ -45,12 +44,9 @@ class TokenReorder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check.expect_size("TokenReorder", "d_model", d_model)
+        expect_order_without_gate("TokenReorder", order)
         ordering = make_ordering(order, d_model, param_dtype=param_dtype, rngs=rngs)
-        if ordering is None or ordering.config.reorder_gate:
-            raise OptionError(
-                f"TokenReorder: order is {order!r}, expected an order without reorder_gate: the gate of the mixer "
-                f"inside cannot be seen from here"
-            )
+        assert ordering is not None
         self.d_model = d_model
         self.mixer = mixer
         self.order = ordering

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokendyn import _checks as check
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn.backends.torch.layers._mamba import Mamba
 from tokendyn.backends.torch.layers._packing import by_sequence
 from tokendyn.backends.torch.ops._scan_plain import softplus
-from tokendyn.errors import OptionError
 
 
 class ChunkOrderMamba(Mamba):
@@ -43,9 +41,8 @@ class ChunkOrderMamba(Mamba):
 
     def __init__(self, d_model: int, *, chunk: int, order: OrderConfig | str, **options: Any) -> None:
         check.expect_size("ChunkOrderMamba", "chunk", chunk)
+        expect_order_without_gate("ChunkOrderMamba", order)
         super().__init__(d_model, order=order, **options)
-        if self.order is None or self.order.config.reorder_gate:
-            raise OptionError(f"ChunkOrderMamba: order is {order!r}, expected an order without reorder_gate")
         self.chunk = chunk
 
     def mix(self, x: Tensor, z: Tensor, *, seq_idx: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -116,10 +113,7 @@ class ChunkOrderMamba(Mamba):
     ) -> tuple[Tensor, ...]:
         """A whole prompt (b, L, d_model) → (b, L, d_model), from the beginning; the states are set and returned."""
         convolution, state, memory, tokens, read = states
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if self.d_conv is not None:
-            convolution.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
-        x = self.convolve(x)
+        x, z = self._convolved_prompt(hidden_states, convolution)
         y, last, before = self._read(x, z, states=True)
         assert last is not None
         assert before is not None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendyn import _checks as check
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn._order import Order
 from tokendyn.backends.torch.layers._mamba import Mamba
 from tokendyn.backends.torch.layers._ordering import make_ordering
@@ -33,6 +33,7 @@ class GroupOrderMamba(Mamba):
 
     def __init__(self, d_model: int, *, groups: int, order: OrderConfig | str, **options: Any) -> None:
         check.expect_size("GroupOrderMamba", "groups", groups)
+        expect_order_without_gate("GroupOrderMamba", order)
         super().__init__(d_model, **options)
         if groups < 2 or self.d_inner % groups:
             raise OptionError(
@@ -42,24 +43,20 @@ class GroupOrderMamba(Mamba):
         self.groups = groups
         weight = self.in_proj.weight
         self.order = make_ordering(order, self.d_inner // groups, device=weight.device, dtype=weight.dtype)
-        if self.order is None or self.order.config.reorder_gate:
-            raise OptionError(f"GroupOrderMamba: order is {order!r}, expected an order without reorder_gate")
 
     def mix(self, x: Tensor, z: Tensor, *, seq_idx: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         return self._gated(x, z, lambda ordered: self.scan(ordered, seq_idx=seq_idx, lengths=lengths))
 
     def prefill(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A whole prompt (b, L, d_model) → (b, L, d_model), from the beginning; the states are set and returned."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if self.d_conv is not None:
-            conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
+        x, z = self._convolved_prompt(hidden_states, conv_state)
 
         def scan(ordered: Tensor) -> Tensor:
             y, state = self.scan(ordered, return_last_state=True)
             ssm_state.copy_(state)
             return y
 
-        return self.out_proj(self._gated(self.convolve(x), z, scan)), conv_state, ssm_state
+        return self.out_proj(self._gated(x, z, scan)), conv_state, ssm_state
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token (b, 1, d_model) → (b, 1, d_model); the states are advanced in place and returned."""

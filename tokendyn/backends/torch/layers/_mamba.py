@@ -176,10 +176,8 @@ class Mamba(S6):
 
         ``conv_state`` and ``ssm_state`` are set in place to those after its last token, and returned.
         """
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if self.d_conv is not None:
-            conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
-        y, state = self.scan(self.convolve(x), z, return_last_state=True)
+        x, z = self._convolved_prompt(hidden_states, conv_state)
+        y, state = self.scan(x, z, return_last_state=True)
         ssm_state.copy_(state)
         return self.out_proj(y), conv_state, ssm_state
 
@@ -212,6 +210,13 @@ class Mamba(S6):
             same = (number[:, age:] == number[:, :-age]).unsqueeze(-1)
             out = out + F.pad(torch.where(same, x[:, :-age], 0.0) * taps[:, -1 - age], (0, 0, age, 0))
         return F.silu(out if self.conv1d.bias is None else out + self.conv1d.bias.to(x.dtype))
+
+    def _convolved_prompt(self, hidden_states: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolved tokens and gate of a prompt; ``conv_state`` is set to its last tokens before the convolution."""
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if self.d_conv is not None:
+            conv_state.copy_(F.pad(x.mT, (self.d_conv - x.shape[1], 0)))  # a negative pad cuts a long prompt
+        return self.convolve(x), z
 
     def convolve_next(self, x: Tensor, conv_state: Tensor) -> Tensor:
         """One token ``x`` (b, 1, d_inner) of :meth:`convolve`; ``conv_state`` is advanced in place."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn.backends.torch.layers._ordering import expect_tokens, make_ordering
 from tokendyn.errors import OptionError
 
@@ -44,12 +44,9 @@ class TokenReorder(nn.Module):
     ) -> None:
         super().__init__()
         check.expect_size("TokenReorder", "d_model", d_model)
+        expect_order_without_gate("TokenReorder", order)
         ordering = make_ordering(order, d_model, device=device, dtype=dtype)
-        if ordering is None or ordering.config.reorder_gate:
-            raise OptionError(
-                f"TokenReorder: order is {order!r}, expected an order without reorder_gate: the gate of the mixer "
-                f"inside cannot be seen from here"
-            )
+        assert ordering is not None
         self.d_model = d_model
         self.mixer = mixer
         self.order = ordering

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_order_without_gate
 from tokendyn.backends.torch.layers._mamba import Mamba
 from tokendyn.backends.torch.layers._packing import by_sequence
 from tokendyn.errors import OptionError
@@ -35,9 +35,8 @@ class WindowOrderMamba(Mamba):
     """
 
     def __init__(self, d_model: int, *, order: OrderConfig | str, **options: Any) -> None:
+        expect_order_without_gate("WindowOrderMamba", order)
         super().__init__(d_model, order=order, **options)
-        if self.order is None or self.order.config.reorder_gate:
-            raise OptionError(f"WindowOrderMamba: order is {order!r}, expected an order without reorder_gate")
         if self.d_conv is None or self.d_conv < 2:
             raise OptionError(f"WindowOrderMamba: d_conv is {self.d_conv}, expected a convolution of 2 tokens or more")
 

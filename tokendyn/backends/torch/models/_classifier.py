@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tokendyn import _checks as check
-from tokendyn.backends.torch.models._language import Backbone, initialise, make_config
+from tokendyn.backends.torch.models._language import Backbone, expect_token_ids, initialise, make_config
 from tokendyn.backends.torch.models._mamba_lm import MambaLMConfig, mamba_block
-from tokendyn.errors import ShapeError
+from tokendyn.backends.torch.ops._scan_plain import valid_tokens
 
 
 class MambaClassifier(nn.Module):
@@ -49,16 +49,12 @@ class MambaClassifier(nn.Module):
             lengths: (b,) integers from 1 to L, optional: texts padded on the right. What the padding holds changes
                 nothing.
         """
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ShapeError(
-                f"MambaClassifier: tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected ids "
-                f"(b, L) of an integer dtype"
-            )
+        expect_token_ids("MambaClassifier", tokens)
         features = self.backbone(tokens, lengths=lengths)
         if lengths is None:
             mean = features.mean(dim=1)
         else:
-            valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
+            valid = valid_tokens(lengths, tokens.shape[1])
             total = torch.where(valid.unsqueeze(-1), features, 0.0).sum(dim=1)
             mean = total / lengths.unsqueeze(1).to(total.dtype)
         return self.head(self.head_dropout(mean))

@@ -324,7 +324,7 @@ class LanguageModel(nn.Module, Generic[Config]):
             ShapeError: tokens, targets or seq_idx of another shape or dtype.
             DataError: on a CPU, an id that the embedding does not have.
         """
-        self._expect_ids(tokens)
+        expect_token_ids(type(self).__name__, tokens)
         packed = {} if seq_idx is None else {"seq_idx": self._expect_packed(seq_idx, tokens)}
         features = self.head_dropout(self.backbone(tokens, **packed))
         if targets is None:
@@ -355,7 +355,7 @@ class LanguageModel(nn.Module, Generic[Config]):
 
     def prefill(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits (b, rows) after a whole prompt, ``tokens`` (b, L); ``cache`` is filled in place."""
-        self._expect_ids(tokens)
+        expect_token_ids(type(self).__name__, tokens)
         return self.lm_head(self.backbone.advance(tokens, cache, prompt=True)[:, -1])
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -445,13 +445,6 @@ class LanguageModel(nn.Module, Generic[Config]):
 
         return load_own(cls, folder).to(device=device, dtype=dtype).eval()
 
-    def _expect_ids(self, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ShapeError(
-                f"{type(self).__name__}: tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected "
-                f"ids (b, L) of an integer dtype"
-            )
-
     def _expect_packed(self, seq_idx: Tensor, tokens: Tensor) -> Tensor:
         if seq_idx.shape != tokens.shape or seq_idx.is_floating_point():
             raise ShapeError(
@@ -459,6 +452,15 @@ class LanguageModel(nn.Module, Generic[Config]):
                 f"integers of the shape of tokens, {tuple(tokens.shape)}"
             )
         return seq_idx
+
+
+def expect_token_ids(model: str, tokens: Tensor) -> None:
+    """``tokens`` are ids (b, L)."""
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise ShapeError(
+            f"{model}: tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}, expected ids (b, L) of an "
+            f"integer dtype"
+        )
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
