@@ -56,7 +56,14 @@ def capture(model: nn.Module) -> Iterator[list[Capture]]:
         scans[0].attention(channel=3)         # (L, L) hidden attention
         scans[0].reconstruct()                # the layer's output by an independent path
 
-    Unlike :func:`diagnose` this keeps all that it saw.
+    Unlike :func:`diagnose` this keeps all that it saw. Where there is no selective layer that can be read the list
+    stays empty.
+
+    Args:
+        model: as of :func:`diagnose`.
+
+    Yields:
+        One :class:`Capture` a scan, in the order in which they ran.
     """
     from tokendyn.diagnose._adapters import find_sites
 
@@ -66,7 +73,7 @@ def capture(model: nn.Module) -> Iterator[list[Capture]]:
         _ = capture.pre  # now, while the weights are those of this pass
         captures.append(capture)
 
-    with watching(model, find_sites(model), keep):
+    with watching(find_sites(model), keep):
         yield captures
 
 

@@ -1,9 +1,9 @@
 """Hidden attention in blocks, fast enough for every channel of a trained layer.
 
 For l ≥ j with a token c between them, ``exp(A Σ_{k=j+1..l} Δ_k)`` is the product of ``exp(A Σ_{k=c+1..l} Δ_k)`` and
-``exp(A Σ_{k=j+1..c} Δ_k)``: two factors not above 1, so nothing overflows. With c the end of j's block, an
-off-diagonal block of a channel is one product of (T, N) and (N, T);
-exponentials are taken of the pairs inside the smallest blocks alone.
+``exp(A Σ_{k=j+1..c} Δ_k)``: two factors not above 1, so nothing overflows. With c the end of j's block, an off-diagonal
+block of a channel is one product of (T, N) and (N, T); exponentials are taken of the pairs inside the smallest blocks
+alone.
 """
 
 from __future__ import annotations

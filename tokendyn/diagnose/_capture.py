@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokendyn import _operations as ops
 from tokendyn.diagnose._attention import attention_blocks
 from tokendyn.errors import OptionError
 
@@ -126,8 +127,6 @@ class Capture:
 
     def state_output(self) -> Tensor:
         """(b, d, L) P u: the scan's output without skip and gate, by one scan of the captured tensors."""
-        from tokendyn import _operations as ops
-
         return ops.selective_scan(self.source, self.delta, self.A.to(self.delta.dtype), self.B, self.C)
 
 
@@ -148,8 +147,8 @@ class Site:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, sites: list[Site], receive: Callable[[Capture], Any]) -> Iterator[None]:
-    """Let the model run as it is; ``receive`` gets every scan's :class:`Capture` when its block is through.
+def watching(sites: list[Site], receive: Callable[[Capture], Any]) -> Iterator[None]:
+    """Let a model run as it is; ``receive`` gets every scan's :class:`Capture` when its block is through.
 
     Nothing is kept here: what ``receive`` does not keep is freed, so a model's layers are never held all at once.
     """

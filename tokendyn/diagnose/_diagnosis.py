@@ -172,7 +172,7 @@ def diagnose(
             seconds = time.perf_counter() - begun
             progress(f"{len(layers)} of {max(len(sites), len(layers))} layers, {seconds:.0f} s: {capture.title}")
 
-    with origin_of_non_finite(model) as origin, watching(model, sites, receive), contextlib.suppress(NotOfTheModel):
+    with origin_of_non_finite(model) as origin, watching(sites, receive), contextlib.suppress(NotOfTheModel):
         run_model(model, args, kwargs)
     if failed:
         raise failed[0]

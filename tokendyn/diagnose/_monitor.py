@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tokendyn.diagnose._adapters import find_sites
 from tokendyn.diagnose._capture import Capture, watching
+from tokendyn.diagnose._findings import COLLAPSED_COSINE
 from tokendyn.diagnose._measure._quick import NAMES, measure_quickly
 from tokendyn.diagnose._words import printable
 from tokendyn.errors import OptionError
@@ -71,7 +73,6 @@ class Monitor:
     ) -> None:
         if not 0 < budget <= 1 or every < 1:
             raise OptionError(f"Monitor: budget is {budget}, every is {every}; expected 0 < budget <= 1 and every >= 1")
-        self.model = model
         self.sites = find_sites(model)
         if not self.sites:
             raise OptionError(f"Monitor: no selective (S6) layer found in {type(model).__name__}")
@@ -106,7 +107,7 @@ class Monitor:
         within = self.budget >= 1 or self.spent + 1.25 * self._cost < self.budget * self.total
         affordable = not self.records or within
         if self._number - self._last >= self.every and affordable:
-            self._opened = watching(self.model, self.sites, self._receive)
+            self._opened = watching(self.sites, self._receive)
             self._opened.__enter__()
             self._last = self._number
             self._before = self.spent
@@ -165,7 +166,7 @@ class Monitor:
             for quantity in _RISING:
                 self._overflow(name, quantity, found[quantity], found["limit"])
             cosine = found.get("cosine")
-            if cosine is not None and cosine > 0.98:
+            if cosine is not None and cosine > COLLAPSED_COSINE:
                 self._say(name, "collapse", f"{name}: tokens collapse, mean cosine {cosine:.3f} at step {self._number}")
 
     def _overflow(self, name: str, quantity: str, value: float, limit: float) -> None:
@@ -173,11 +174,11 @@ class Monitor:
         if not value < float("inf"):
             self._say(name, quantity, f"{name}: {quantity} is not finite at step {self._number}")
             return
-        logarithm = float(torch.tensor(max(value, 1e-300), dtype=torch.float64).log10())
+        logarithm = math.log10(max(value, 1e-300))
         history = self._history.setdefault(key, [])
         history.append((self._number, logarithm))
         del history[:-_HISTORY]
-        left = float(torch.tensor(limit, dtype=torch.float64).log10()) - logarithm
+        left = math.log10(limit) - logarithm
         steps = history[-1][0] - history[0][0]
         slope = (logarithm - history[0][1]) / steps if steps > 0 else 0.0
         rising = len(history) >= 4 and logarithm - history[0][1] > 1.0

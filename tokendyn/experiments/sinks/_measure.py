@@ -65,7 +65,7 @@ def measure_sequences(
             rows.append(replace(row, interventions=intervene(capture)) if place < intervened else row)
             depth += 1
 
-        with watching(model, find_sites(model), receive):
+        with watching(find_sites(model), receive):
             model(ids)
     return rows
 
