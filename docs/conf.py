@@ -35,6 +35,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # else "a, b: as in ..." is said once for each
 napoleon_custom_sections = ["Cost", "Source"]
 nitpicky = True
 # Docstrings say what is raised and returned in words, which Sphinx takes for names; tokendyn.diagnose is a module that

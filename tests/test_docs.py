@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,6 +117,18 @@ def test_docstrings_describe_every_parameter(module: str) -> None:
                 continue
             named = re.compile(rf"(?<![\w.]){re.escape(parameter.name)}(?!\w)")
             assert any(map(named.search, texts)), f"{module}.{name}: {parameter.name} is not described"
+
+
+#: What the reference can read: ``ShapeError, DTypeError: when``, continued further in.
+RAISED = re.compile(r"^[A-Z]\w+(, [A-Z]\w+)*: \S|^ +\S")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_say_when_what_is_raised(module: str) -> None:
+    for name, value in public(module).items():
+        section = re.search(r"^Raises:\n((?: +.*\n?)+)", inspect.getdoc(value) or "", re.MULTILINE)
+        for line in textwrap.dedent(section[1]).splitlines() if section else ():
+            assert RAISED.match(line), f"{module}.{name}: {line}"
 
 
 def test_every_picture_has_a_text() -> None:

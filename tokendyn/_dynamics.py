@@ -83,7 +83,8 @@ def simulate(
         :class:`tokendyn.Trajectory`: times, tokens, blow-ups, why it stopped. Ctrl-C returns what is done.
 
     Raises:
-        ShapeError, DTypeError, OptionError, NonFiniteError.
+        ShapeError, DTypeError, OptionError, NonFiniteError: an argument has the wrong shape, the wrong dtype, a value
+            out of range, or is not finite.
 
     Cost:
         12 right-hand sides a step; 10 to 30 steps a decade of time at the default tolerance.
@@ -140,7 +141,8 @@ def simulate_sphere(
         :class:`tokendyn.Trajectory`.
 
     Raises:
-        ShapeError, DTypeError, OptionError, NonFiniteError.
+        ShapeError, DTypeError, OptionError, NonFiniteError: an argument has the wrong shape, the wrong dtype, a value
+            out of range, or is not finite.
 
     Cost:
         As :func:`simulate`.
@@ -420,7 +422,8 @@ def classify_sphere(
         :class:`tokendyn.SphereRegime`.
 
     Raises:
-        ShapeError, DTypeError, OptionError, NonFiniteError.
+        ShapeError, DTypeError, OptionError, NonFiniteError: an argument has the wrong shape, the wrong dtype, a value
+            out of range, or is not finite.
 
     Cost:
         Formulas, and a simulation where they do not say at which of ± the limit a token arrives.
@@ -475,7 +478,8 @@ def classify(
         :class:`tokendyn.Regime`.
 
     Raises:
-        ShapeError, DTypeError, OptionError, NonFiniteError.
+        ShapeError, DTypeError, OptionError, NonFiniteError: an argument has the wrong shape, the wrong dtype, a value
+            out of range, or is not finite.
 
     Cost:
         On the line about a microsecond a problem; constants and bounds when first asked for, about ten. In R^D a

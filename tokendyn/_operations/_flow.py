@@ -97,7 +97,7 @@ def flow_rhs(
         dx/dt in the shape and dtype of x.
 
     Raises:
-        ShapeError, DTypeError, OptionError.
+        ShapeError, DTypeError, OptionError: an argument has the wrong shape, the wrong dtype, or a value out of range.
 
     Cost:
         O(b L) in one channel, O(b L D N) in D channels (N = D with M, and D² more for each of S_Δ, S_B, S_C).
@@ -154,7 +154,7 @@ def sphere_flow(
         dx/dt in the shape and dtype of x.
 
     Raises:
-        ShapeError, DTypeError, OptionError.
+        ShapeError, DTypeError, OptionError: an argument has the wrong shape, the wrong dtype, or a value out of range.
 
     Cost:
         As :func:`flow_rhs`.
@@ -191,7 +191,7 @@ def attention_flow(
         dx/dt in the shape and dtype of x.
 
     Raises:
-        ShapeError, DTypeError, OptionError.
+        ShapeError, DTypeError, OptionError: an argument has the wrong shape, the wrong dtype, or a value out of range.
 
     Cost:
         softmax: O(b L² (D + N)) time, in blocks of rows, so that L x L weights are never held at once.
@@ -220,7 +220,7 @@ def autoregressive_flow(x: Any, *, phi: Any, sphere: bool = True) -> Any:
         dx/dt in the shape and dtype of x.
 
     Raises:
-        ShapeError, DTypeError.
+        ShapeError, DTypeError: an argument has the wrong shape, or the wrong dtype.
 
     Cost:
         O(b L D p).

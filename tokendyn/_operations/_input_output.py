@@ -58,7 +58,8 @@ def io_projections(
         (S_B, S_C), each (N, D).
 
     Raises:
-        ShapeError, DTypeError, OptionError; RegimeError if the regime cannot be had with what was given.
+        ShapeError, DTypeError, OptionError: an argument has the wrong shape, the wrong dtype, or a value out of range.
+        RegimeError: the regime cannot be had with what was given.
 
     Cost:
         O(N D).
@@ -109,7 +110,7 @@ def io_spectrum(S_B: Any, S_C: Any) -> Any:
         :class:`IOSpectrum`. Differentiable where the eigenvalues are distinct.
 
     Raises:
-        ShapeError, DTypeError.
+        ShapeError, DTypeError: an argument has the wrong shape, or the wrong dtype.
 
     Cost:
         O(N² D + N³).

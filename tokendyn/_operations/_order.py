@@ -31,7 +31,7 @@ def importance_score(x: Any, s_delta: Any, k: Any) -> Any:
         (b, L) scores in the dtype of x.
 
     Raises:
-        ShapeError, DTypeError.
+        ShapeError, DTypeError: an argument has the wrong shape, or the wrong dtype.
 
     Cost:
         O(D Q + b L Q).
@@ -87,8 +87,9 @@ def softsort(
         (b, L, D) in the dtype of x.
 
     Raises:
-        ShapeError, DTypeError, OptionError; NonFiniteError for NaN or infinite scores where they can be
-        seen (eager on the CPU). Elsewhere they give NaN, never a wrong order.
+        ShapeError, DTypeError, OptionError: an argument has the wrong shape, the wrong dtype, or a value out of range.
+        NonFiniteError: NaN or infinite scores, where they can be seen (eager on the CPU). Elsewhere they give NaN,
+            never a wrong order.
 
     Cost:
         power 1: O(b L log L + b L D) time, O(b L D) memory. Otherwise O(b L² D) and O(b L²); PyTorch's Triton
@@ -116,10 +117,10 @@ def softsort_restore(
         (b, L, D) in the original order and the dtype of y.
 
     Raises:
-        As :func:`softsort`.
+        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
 
     Cost:
-        As :func:`softsort`.
+        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
     """
     _check_order("softsort_restore", scores, y, tau, power)
 
@@ -136,7 +137,7 @@ def softsort_matrix(scores: Any, *, tau: float = 1.0, power: float = 1, ascendin
         (b, L, L); row k is a distribution over tokens, rows sum to 1.
 
     Raises:
-        As :func:`softsort`.
+        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
 
     Cost:
         O(b L²) time and memory.
@@ -156,7 +157,7 @@ def effective_tokens(scores: Any, *, tau: float = 1.0, power: float = 1, ascendi
         (b, L), one value a sorted place. No gradient.
 
     Raises:
-        As :func:`softsort`.
+        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
 
     Cost:
         power 1: O(b L log L), for P² is the same kernel at tau/2. Otherwise O(b L²).
@@ -176,7 +177,7 @@ def hard_order(scores: Any, *, ascending: bool = True) -> Any:
         (b, L) integers: ``take_tokens(x, indices)`` is the sorted sequence.
 
     Raises:
-        As :func:`softsort`.
+        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
 
     Cost:
         O(b L log L).
@@ -204,7 +205,7 @@ def take_tokens(x: Any, indices: Any) -> Any:
         (b, L, D).
 
     Raises:
-        DTypeError.
+        DTypeError: an argument has the wrong dtype.
         ShapeError: also for indices that are no permutation, where their values can be seen at no cost. On an
             accelerator and under a tracer (``jit``, ``torch.compile``, ``vmap``) they cannot: there an index outside
             0..L-1, negative ones included, gives NaN in its place.
@@ -227,7 +228,7 @@ def put_tokens(y: Any, indices: Any) -> Any:
         (b, L, D) in the original order.
 
     Raises:
-        DTypeError.
+        DTypeError: an argument has the wrong dtype.
         ShapeError: also for indices that are no permutation, where their values can be seen at no cost. On an
             accelerator and under a tracer (``jit``, ``torch.compile``, ``vmap``) they cannot: there a token that no
             index names is NaN, and of two tokens with one index either is kept.
@@ -255,7 +256,7 @@ def token_order(
         :class:`~tokendyn.Order` with ``apply``, ``restore``, ``matrix``, ``indices``.
 
     Raises:
-        As :func:`softsort`.
+        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
 
     Cost:
         O(b L log L) here for orders that permute; the rest when it is applied.

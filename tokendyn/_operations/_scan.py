@@ -194,7 +194,7 @@ def hidden_attention(
 
     Raises:
         ShapeError, DTypeError, OptionError: as in :func:`selective_scan`; ``channel`` and ``aggregate``
-        together; rows outside 0 ≤ start < stop ≤ L.
+            together; rows outside 0 ≤ start < stop ≤ L.
 
     Cost:
         O(b d R L N) time, O(b d R L) memory (O(b R L) with ``channel`` or ``aggregate``). For looking, not
@@ -265,7 +265,8 @@ def selective_state_update(
         (y, new_state): y (b, d) in the dtype of x, new_state (b, d, N) in that of ``state``.
 
     Raises:
-        ShapeError, DTypeError, OptionError, EngineError.
+        ShapeError, DTypeError, OptionError: an argument has the wrong shape, the wrong dtype, or a value out of range.
+        EngineError: the engine named cannot take the call.
 
     Cost:
         O(b d N) time, whatever came before; the state is read and written once.

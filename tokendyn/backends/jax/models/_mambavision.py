@@ -42,7 +42,8 @@ class MambaVision(nnx.Module):
         (b, in_chans, H, W) → (b, num_classes). H and W need not divide by anything.
 
     Raises:
-        OptionError, RegimeError, ShapeError.
+        OptionError, RegimeError, ShapeError: an unknown option, a regime that the others exclude, an input that does
+            not fit.
 
     Source:
         Hatamizadeh and Kautz (2024), arXiv 2407.08083; reordering: paper 1, Section 5.2.

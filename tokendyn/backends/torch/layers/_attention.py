@@ -26,7 +26,7 @@ class CausalAttention(nn.Module):
         (b, L, d_model) → (b, L, d_model).
 
     Raises:
-        OptionError, ShapeError.
+        OptionError, ShapeError: an option that cannot be had, or an input that does not fit.
 
     Cost:
         O(b L² D).

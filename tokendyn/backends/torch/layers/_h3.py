@@ -43,7 +43,7 @@ class H3(nn.Module):
         (b, L, d_model) → (b, L, d_model).
 
     Raises:
-        OptionError, ShapeError.
+        OptionError, ShapeError: an option that cannot be had, or an input that does not fit.
 
     Cost:
         O(b L D (d_state + d_shift + 64)); one token O(b D (d_state + d_shift)).

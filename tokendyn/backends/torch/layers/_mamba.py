@@ -46,7 +46,8 @@ class Mamba(S6):
         (b, L, d_model) → (b, L, d_model).
 
     Raises:
-        OptionError, RegimeError, ShapeError.
+        OptionError, RegimeError, ShapeError: an unknown option, a regime that the others exclude, an input that does
+            not fit.
 
     Source:
         Gu and Dao (2023), Figure 3; paper 1, Section 5.2 for the order.

@@ -26,7 +26,8 @@ class MambaClassifier(nn.Module):
         tokens (b, L), lengths (b,) or None → logits (b, num_classes).
 
     Raises:
-        OptionError, RegimeError, ShapeError.
+        OptionError, RegimeError, ShapeError: an unknown option, a regime that the others exclude, an input that does
+            not fit.
 
     Source:
         Paper 1, Section 5.2 and Table 7, which do not say how the tokens are brought together.

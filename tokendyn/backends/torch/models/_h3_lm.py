@@ -35,7 +35,7 @@ class H3LM(LanguageModel[H3LMConfig]):
         tokens (b, L) → logits (b, L, vocab_size rounded up).
 
     Raises:
-        OptionError, ShapeError.
+        OptionError, ShapeError: an option that cannot be had, or an input that does not fit.
 
     Source:
         Fu et al. (2022), arXiv 2212.14052, without its two attention layers; paper 1, Table 6.

@@ -72,7 +72,8 @@ class MambaLM(LanguageModel[MambaLMConfig]):
         tokens (b, L) → logits (b, L, vocab_size rounded up).
 
     Raises:
-        OptionError, RegimeError, ShapeError.
+        OptionError, RegimeError, ShapeError: an unknown option, a regime that the others exclude, an input that does
+            not fit.
 
     Source:
         Gu and Dao (2023); paper 1, Sections 5.1 and App. C.1 for the spectra, Table 10 for what can be left out.

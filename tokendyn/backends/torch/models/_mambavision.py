@@ -57,7 +57,8 @@ class MambaVision(nn.Module):
         throughout, and their windows are made without a copy where one window covers the image.
 
     Raises:
-        OptionError, RegimeError, ShapeError.
+        OptionError, RegimeError, ShapeError: an unknown option, a regime that the others exclude, an input that does
+            not fit.
 
     Source:
         Hatamizadeh and Kautz (2024), arXiv 2407.08083; reordering: paper 1, Section 5.2.

@@ -39,7 +39,7 @@ class MambaVisionMixer(S6):
         (b, L, d_model) → (b, L, d_model).
 
     Raises:
-        OptionError, RegimeError.
+        OptionError, RegimeError: an unknown option, or a regime that the others exclude.
 
     Source:
         Hatamizadeh and Kautz (2024), Section 3.3.

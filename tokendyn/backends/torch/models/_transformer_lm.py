@@ -34,7 +34,7 @@ class TransformerLM(LanguageModel[TransformerLMConfig]):
         tokens (b, L) → logits (b, L, vocab_size rounded up).
 
     Raises:
-        OptionError, ShapeError.
+        OptionError, ShapeError: an option that cannot be had, or an input that does not fit.
 
     Source:
         Radford et al. (2019), with rotary positions and root-mean-square norms; paper 1, Table 6.
