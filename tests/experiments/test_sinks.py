@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 from tokendyn.errors import DataError  # noqa: E402
 from tokendyn.experiments.sinks._command import main  # noqa: E402
 from tokendyn.experiments.sinks._measure import EXPLANATIONS, Row, explain  # noqa: E402
-from tokendyn.experiments.sinks._texts import cut_sequences, read_bytes, split  # noqa: E402
-from tokendyn.experiments.sinks._typeseg import load_typeseg, to_ids  # noqa: E402
+from tokendyn.experiments.sinks._texts import cut_sequences, read_bytes, split, to_ids  # noqa: E402
+from tokendyn.experiments.sinks._typeseg import load_typeseg  # noqa: E402
 
 
 def _rows(layers: int, sequences: int, seed: int) -> list[Row]:
@@ -89,7 +89,7 @@ def test_texts() -> None:
     assert len({tuple(s[0].tolist()) for s in sequences}) == 5
     with pytest.raises(DataError, match="expected at least"):
         cut_sequences(held_out[:50], 5, 100, 0)
-    assert to_ids("aé").tolist() == [[97, 128, 128]]
+    assert to_ids("aé".encode()).tolist() == [97, 128, 128]
 
 
 def test_missing_or_other_arrays_are_said(tmp_path: Path) -> None:

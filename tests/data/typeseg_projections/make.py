@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tokendyn.diagnose import capture, save_projections
-from tokendyn.experiments.sinks._typeseg import load_typeseg, to_ids
+from tokendyn.experiments.sinks._texts import to_ids
+from tokendyn.experiments.sinks._typeseg import load_typeseg
 
 TEXT = "def f(x):\n    return {'a': x}\n<p>hello</p>\n{\"k\": 1}\n"
 
@@ -16,7 +17,7 @@ TEXT = "def f(x):\n    return {'a': x}\n<p>hello</p>\n{\"k\": 1}\n"
 def main(path: str) -> None:
     model = load_typeseg(Path(path))
     with capture(model) as scans, torch.no_grad():
-        model(to_ids(TEXT))
+        model(torch.from_numpy(to_ids(TEXT.encode()))[None])
     layers = {}
     for scan in scans:
         if scan.index:  # the second scan is of the same tokens, reversed

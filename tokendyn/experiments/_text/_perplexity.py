@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +76,3 @@ def perplexity(
         "bits_per_byte": total / math.log(2) / (share * stream.header["text_bytes"]),
         "word_perplexity": math.exp(min(total / (share * stream.header["words"]), 700.0)),
     }
-
-
-def measures(prefix: str, found: dict[str, float]) -> dict[str, Any]:
-    """``found`` with ``prefix`` before each name."""
-    return {prefix + name: value for name, value in found.items()}

@@ -29,6 +29,7 @@ from tokendyn.errors import OptionError
 from tokendyn.experiments._config import TrainConfig
 from tokendyn.experiments._optim import learning_rate
 from tokendyn.experiments._order_arms import Arm, resolve_arm
+from tokendyn.experiments._trainer import total_steps
 from tokendyn.experiments.imagenet._config import PRESETS, ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, ImageSet
 from tokendyn.experiments.imagenet._run import load_images
@@ -136,11 +137,6 @@ def batches(images: ImageSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield pixels, images.labels[indices]
 
 
-def total_steps(config: ImageNetConfig, images: Images) -> int:
-    """Updates of one run."""
-    return config.train.steps or config.train.epochs * (len(images.train) // config.train.batch_size)
-
-
 def train(
     config: ImageNetConfig,
     images: Images,
@@ -165,7 +161,7 @@ def train(
         order=resolved.order,
         rngs=nnx.Rngs(seed),
     )
-    steps = total_steps(config, images)
+    steps = total_steps(task, config.train)
     training = Training(model, optimizer, devices, options.label_smoothing)
     start = time.perf_counter()
     for step in range(steps):
@@ -205,8 +201,7 @@ def command(arguments: list[str]) -> None:
     parser.add_argument("--devices", type=int, default=1, help="divide each batch among so many")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args(arguments)
-    for arm in given.arms:
-        _resolve(arm)  # what is wrong is said before the arms ahead of it are trained
+    arms = [_resolve(arm) for arm in given.arms]  # what is wrong is said before the arms ahead of it are trained
     config = PRESETS[given.preset]()
     training = dataclasses.replace(config.train, epochs=given.epochs or config.train.epochs)
     data = dataclasses.replace(config.data, data_dir=given.data_dir)
@@ -221,7 +216,7 @@ def command(arguments: list[str]) -> None:
     print(
         f"{given.preset}: {len(images.train)} training and {len(images.held_out)} held-out images, JAX on {devices[0]}"
     )
-    optimizer = make_optimizer(config.train, total_steps(config, images))
+    optimizer = make_optimizer(config.train, total_steps(ImageTask(images, config, arms[0], 0), config.train))
     devices = devices[: given.devices]
     log = functools.partial(print, file=sys.stderr)
     results = {

@@ -13,7 +13,7 @@ from tokendyn.errors import DataError
 
 
 def read_bytes(path: Path | None) -> np.ndarray:
-    """The bytes of a text file; without one those of the Python files of tokendyn.core, in order of their names."""
+    """The ids of a text file; without one those of the Python files of tokendyn.core, in order of their names."""
     if path is not None:
         if not path.is_file():
             raise DataError(f"--text {path} is no file")
@@ -22,6 +22,11 @@ def read_bytes(path: Path | None) -> np.ndarray:
         folder = files("tokendyn.core")
         names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
         text = b"".join((folder / name).read_bytes() for name in names)
+    return to_ids(text)
+
+
+def to_ids(text: bytes) -> np.ndarray:
+    """The ids (L,) of a text's bytes: ASCII as it is, all else one id."""
     data = np.frombuffer(text, np.uint8)
     return np.where(data < 128, data, 128).astype(np.int64)
 

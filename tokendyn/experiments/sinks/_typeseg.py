@@ -98,12 +98,6 @@ class Typeseg(nn.Module):
         return self.head(self.norm_f(x))
 
 
-def to_ids(text: str) -> Tensor:
-    """(1, L) the model's ids of a text's bytes: ASCII as it is, all else one id."""
-    data = np.frombuffer(text.encode("utf-8", "ignore"), np.uint8).astype(np.int64)
-    return torch.from_numpy(np.where(data < 128, data, 128))[None]
-
-
 def load_typeseg(path: Path) -> Typeseg:
     """The model in typeseg's ``mamba_al.npz``; a pickle inside is refused by NumPy.
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tokendyn.backends.torch.models import LanguageModel
 from tokendyn.errors import OptionError
-from tokendyn.experiments._text import _perplexity
+from tokendyn.experiments._task import Batch
+from tokendyn.experiments._text._perplexity import perplexity
 from tokendyn.experiments._text._sources import default_cache, encoded, published_text, read_split_text
 from tokendyn.experiments._text._streams import TokenStream, training_windows, windows_per_epoch
 from tokendyn.experiments._text._tokenizers import load_tokenizer
-from tokendyn.experiments._trainer import Batch
 from tokendyn.experiments.wikitext103._arms import resolve_arm
 from tokendyn.experiments.wikitext103._config import DataConfig, LanguageConfig
 from tokendyn.experiments.wikitext103._measures import measure_blocks
@@ -115,7 +115,7 @@ class LanguageTask:
         for name, stream in self.texts.named().items():
             if name == "train":
                 continue
-            values = _perplexity.perplexity(
+            values = perplexity(
                 model,
                 stream,
                 length=data.sequence_length,
@@ -124,7 +124,7 @@ class LanguageTask:
                 device=device,
                 limit=data.evaluation_tokens,
             )
-            found |= values if name == "held_out" else _perplexity.measures(f"{name}_", values)
+            found |= values if name == "held_out" else {f"{name}_{key}": value for key, value in values.items()}
         if data.measured_tokens:
             assert isinstance(model, LanguageModel)
             found["blocks"] = measure_blocks(model, self._measured().to(device))
