@@ -17,7 +17,7 @@ from tokendyn.diagnose._adapters import find_sites, other_layers
 from tokendyn.diagnose._capture import Capture, watching
 from tokendyn.diagnose._findings import Finding, find_findings
 from tokendyn.diagnose._inputs import NotOfTheModel, model_arguments, run_model, tensors
-from tokendyn.diagnose._measure import measure
+from tokendyn.diagnose._measure import entry, measure
 from tokendyn.diagnose._origin import bad_weights, origin_of_non_finite
 from tokendyn.diagnose._words import printable
 from tokendyn.errors import DataError, OptionError
@@ -50,14 +50,14 @@ class Diagnosis:
                 *map(
                     _cell,
                     (
-                        _get(layer, "regime", "kind"),
-                        _get(layer, "memory", "delta", "median"),
-                        _get(layer, "memory", "horizon", "median"),
-                        _get(layer, "spectrum", "norm"),
-                        _get(layer, "attention", "entropy"),
-                        _get(layer, "attention", "first_token_sink"),
-                        _get(layer, "tokens", "cosine"),
-                        _get(layer, "tokens", "effective_rank"),
+                        entry(layer, "regime", "kind"),
+                        entry(layer, "memory", "delta", "median"),
+                        entry(layer, "memory", "horizon", "median"),
+                        entry(layer, "spectrum", "norm"),
+                        entry(layer, "attention", "entropy"),
+                        entry(layer, "attention", "first_token_sink"),
+                        entry(layer, "tokens", "cosine"),
+                        entry(layer, "tokens", "effective_rank"),
                     ),
                 ),
             ]
@@ -217,12 +217,6 @@ def _nothing_found(model: nn.Module) -> str:
         f"diagnose: no selective (S6) layer found in {type(model).__name__}{looks}; expected modules with in_proj, "
         f"x_proj, dt_proj, A_log and out_proj, or tokendyn's own layers"
     )
-
-
-def _get(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _cell(value: Any) -> str:

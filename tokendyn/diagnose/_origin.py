@@ -26,9 +26,9 @@ def bad_weights(model: nn.Module) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def origin_of_non_finite(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """The modules, in the order in which they ran, whose output was not finite though their inputs were.
+    """The first module whose output was not finite though its inputs were, as the only entry; none where there is none.
 
-    Only modules without children are looked at, besides the model's own word that a scan is theirs.
+    A module is through after its parts, so that it is the innermost one.
     """
     found: list[dict[str, Any]] = []
 

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from tokendyn.diagnose._measure import entry
 from tokendyn.diagnose._words import printable
 
 _KINDS = (("convergence", "#3a6fb5"), ("slow divergence", "#c98a10"), ("fast divergence", "#c4452c"))
@@ -30,9 +31,7 @@ def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4))
 
 
 def _number(layer: dict[str, Any], *keys: str) -> float:
-    value: Any = layer
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
+    value = entry(layer, *keys)
     return float("nan") if value is None else float(value)
 
 

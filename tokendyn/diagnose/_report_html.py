@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from tokendyn.diagnose._measure import entry
 from tokendyn.diagnose._words import readable
 
 #: Channels of a layer whose rates are drawn; report.json has all.
@@ -125,7 +126,7 @@ def _table(layers: list[dict[str, Any]]) -> str:
     rows = []
     for place, layer in enumerate(layers):
         name = escape(str(layer["name"]))
-        cells = "".join(f"<td>{_cell(_get(layer, *keys))}</td>" for _, keys in _COLUMNS)
+        cells = "".join(f"<td>{_cell(entry(layer, *keys))}</td>" for _, keys in _COLUMNS)
         rows.append(
             f'<tr><td title="{name}"><button type="button" data-layer="{place}">{name}</button></td>{cells}</tr>\n'
         )
@@ -141,9 +142,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, str):
         return f'<span class="pill {escape(value.split()[0])}">{escape(value)}</span>'
     return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.2e}"
-
-
-def _get(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from tokendyn.diagnose._measure._sphere import measure_sphere
 from tokendyn.diagnose._measure._statistics import quantiles
 from tokendyn.diagnose._measure._tokens import measure_tokens
 
-__all__ = ["measure", "measure_tokens"]
+__all__ = ["entry", "measure", "measure_tokens"]
+
+
+def entry(found: Any, *keys: str) -> Any:
+    """An entry of what :func:`measure` found, by its path; None where there is none."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 @torch.no_grad()

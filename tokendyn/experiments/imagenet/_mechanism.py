@@ -75,12 +75,12 @@ def _rows(panel: Axes, names: Sequence[str]) -> None:
 def _draw_mechanism(result: Result, runs: Sequence[RunRecord], colours: dict[str, str]) -> Figure:
     figure = Figure(figsize=(11, 6), layout="constrained")
     above, below = figure.subplots(2, 3)
-    curves: tuple[tuple[str, str, Callable[[dict[str, float]], float]], ...] = (
-        ("Reaction of an image's loss to its scores", "score_gradient", lambda order: order["score_gradient"]),
-        ("Rank correlation of places, images of one class", "agreement", lambda order: order["agreement_class"]),
-        ("the same, less that of any two images", "contrast", lambda o: o["agreement_class"] - o["agreement_all"]),
+    curves: tuple[tuple[str, Callable[[dict[str, float]], float]], ...] = (
+        ("Reaction of an image's loss to its scores", lambda order: order["score_gradient"]),
+        ("Rank correlation of places, images of one class", lambda order: order["agreement_class"]),
+        ("the same, less that of any two images", lambda order: order["agreement_class"] - order["agreement_all"]),
     )
-    for panel, (title, _, measure) in zip(above, curves, strict=True):
+    for panel, (title, measure) in zip(above, curves, strict=True):
         for arm, colour in colours.items():
             lines = [[x for x in run.metrics if x["split"] == "held_out"] for run in runs if run.arm == arm]
             modules = [name for name, order in lines[0][-1].get("orders", {}).items() if "score_gradient" in order]
