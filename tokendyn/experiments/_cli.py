@@ -100,8 +100,9 @@ def parse(
     name, rest = _split_preset(arguments, default)
     if name not in presets:
         raise _Misuse(f"unknown preset {name!r}{_suggestion(name, presets)}; the presets are {', '.join(presets)}")
+    width = max(map(len, presets))
     listing = "\n".join(
-        f"  {key:<12} {inspect.cleandoc(preset.__doc__ or '').splitlines()[0]}" for key, preset in presets.items()
+        f"  {key:<{width}} {inspect.cleandoc(preset.__doc__ or '').splitlines()[0]}" for key, preset in presets.items()
     )
     preset = presets[name]()
     help_text = (
