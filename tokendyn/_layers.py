@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tokendyn import _checks as check
 from tokendyn._dispatch import current_backend, load_backend
-from tokendyn.errors import NotImplementedForBackend, OptionError
+from tokendyn._operations import IO_FORMS, IO_REGIMES
+from tokendyn.errors import NotImplementedForBackend, OptionError, RegimeError
 
 #: Constructor -> the backends that have it.
 CONSTRUCTORS: dict[str, tuple[str, ...]] = {
@@ -84,6 +86,30 @@ class OrderConfig:
             return value
         check.expect_choice("order", "the name given", value, ("published", *get_args(OrderMethod)))
         return cls.published() if value == "published" else cls(method=value)  # type: ignore[arg-type]
+
+
+def expect_selective(
+    layer: str, d_model: int, d_state: int, dt_rank: int | str | None, dt_init: str, io_regime: str, io_form: str
+) -> int | None:
+    """Check what a selective layer of ``d_model`` channels is made with; the rank of its S_Δ, None for a dense one.
+
+    Raises:
+        OptionError: an option is out of range.
+        RegimeError: the regime needs a smaller state.
+    """
+    check.expect_size(layer, "d_model", d_model)
+    check.expect_size(layer, "d_state", d_state)
+    if dt_rank == "auto":
+        dt_rank = math.ceil(d_model / 16)
+    check.expect_choice(layer, "dt_init", dt_init, ("random", "constant"))
+    check.expect_choice(layer, "io_regime", io_regime, IO_REGIMES)
+    check.expect_choice(layer, "io_form", io_form, IO_FORMS)
+    if io_regime != "free" and d_state > d_model:
+        raise RegimeError(
+            f"{layer}: d_state = {d_state} exceeds the {d_model} channels of the scan; io_regime={io_regime!r} needs "
+            f"N <= d, choose a smaller d_state or io_regime='free'"
+        )
+    return None if dt_rank is None else check.expect_size(layer, "dt_rank", dt_rank)
 
 
 def expect_order_without_gate(layer: str, order: OrderConfig | str | None) -> None:

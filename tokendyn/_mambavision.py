@@ -48,6 +48,24 @@ def sized(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"num_classes": 10, "drop_path_rate": 0.0, **SIZES[name], **options}
 
 
+def expect_mixer(d_model: int, d_conv: int, expand: float, parity: str) -> int:
+    """Check the options of the mixer; the channels of its two halves together.
+
+    Raises:
+        OptionError: an option is out of range or contradicts another.
+    """
+    check.expect_size("MambaVisionMixer", "d_model", d_model)
+    check.expect_size("MambaVisionMixer", "d_conv", d_conv)
+    check.expect_choice("MambaVisionMixer", "parity", parity, PARITIES)
+    both = int(expand * d_model)
+    if both % 2 or d_conv % 2 == 0:
+        raise OptionError(
+            f"MambaVisionMixer: d_model = {d_model}, expand = {expand}, d_conv = {d_conv}; expected an even "
+            f"expand * d_model, for it is split in two halves, and an odd d_conv, for the kernel is centred"
+        )
+    return both
+
+
 def expect_options(
     *,
     dims: Sequence[int],

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokendyn import _checks as check
 from tokendyn import _operations as ops
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_selective
 from tokendyn._order import Order
 from tokendyn.backends.jax.layers._affine import Linear, compute_dtype
 from tokendyn.backends.jax.layers._ordering import expect_tokens, make_ordering
-from tokendyn.errors import OptionError, RegimeError
+from tokendyn.errors import OptionError
 
 
 class S6(nnx.Module):
@@ -72,20 +71,7 @@ class S6(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        name = type(self).__name__
-        check.expect_size(name, "d_model", d_model)
-        check.expect_size(name, "d_state", d_state)
-        if dt_rank == "auto":
-            dt_rank = math.ceil(d_model / 16)
-        self.dt_rank = None if dt_rank is None else check.expect_size(name, "dt_rank", dt_rank)
-        check.expect_choice(name, "dt_init", dt_init, ("random", "constant"))
-        check.expect_choice(name, "io_regime", io_regime, ops.IO_REGIMES)
-        check.expect_choice(name, "io_form", io_form, ops.IO_FORMS)
-        if io_regime != "free" and d_state > d_model:
-            raise RegimeError(
-                f"{name}: d_state = {d_state} exceeds the {d_model} channels of the scan; io_regime={io_regime!r} "
-                f"needs N <= d, choose a smaller d_state or io_regime='free'"
-            )
+        self.dt_rank = expect_selective(type(self).__name__, d_model, d_state, dt_rank, dt_init, io_regime, io_form)
         self.d_inner = d_model
         self.d_state = d_state
         self.io_regime = io_regime

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
-from tokendyn._mambavision import PARITIES
+from tokendyn._mambavision import expect_mixer
 from tokendyn.backends.jax.layers import S6
 from tokendyn.backends.jax.layers._affine import DepthwiseConv, Linear
 from tokendyn.backends.jax.layers._ordering import expect_tokens
-from tokendyn.errors import OptionError
 
 
 class MambaVisionMixer(S6):
@@ -63,15 +61,7 @@ class MambaVisionMixer(S6):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        check.expect_size("MambaVisionMixer", "d_model", d_model)
-        check.expect_size("MambaVisionMixer", "d_conv", d_conv)
-        check.expect_choice("MambaVisionMixer", "parity", parity, PARITIES)
-        d_both = int(expand * d_model)
-        if d_both % 2 or d_conv % 2 == 0:
-            raise OptionError(
-                f"MambaVisionMixer: d_model = {d_model}, expand = {expand}, d_conv = {d_conv}; expected an even "
-                f"expand * d_model, for it is split in two halves, and an odd d_conv, for the kernel is centred"
-            )
+        d_both = expect_mixer(d_model, d_conv, expand, parity)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         super().__init__(
             d_both // 2,

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendyn import _checks as check
 from tokendyn import _operations as ops
-from tokendyn._layers import OrderConfig
+from tokendyn._layers import OrderConfig, expect_selective
 from tokendyn._order import Order
 from tokendyn.backends.torch.layers._ordering import expect_tokens, make_ordering
-from tokendyn.errors import OptionError, RegimeError
+from tokendyn.errors import OptionError
 
 
 class S6(nn.Module):
@@ -78,20 +77,7 @@ class S6(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        check.expect_size(name, "d_model", d_model)
-        check.expect_size(name, "d_state", d_state)
-        if dt_rank == "auto":
-            dt_rank = math.ceil(d_model / 16)
-        self.dt_rank = None if dt_rank is None else check.expect_size(name, "dt_rank", dt_rank)
-        check.expect_choice(name, "dt_init", dt_init, ("random", "constant"))
-        check.expect_choice(name, "io_regime", io_regime, ops.IO_REGIMES)
-        check.expect_choice(name, "io_form", io_form, ops.IO_FORMS)
-        if io_regime != "free" and d_state > d_model:
-            raise RegimeError(
-                f"{name}: d_state = {d_state} exceeds the {d_model} channels of the scan; io_regime={io_regime!r} "
-                f"needs N <= d, choose a smaller d_state or io_regime='free'"
-            )
+        self.dt_rank = expect_selective(type(self).__name__, d_model, d_state, dt_rank, dt_init, io_regime, io_form)
         self.d_inner = d_model
         self.d_state = d_state
         self.io_regime = io_regime

@@ -7,13 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
-from tokendyn._mambavision import PARITIES
+from tokendyn._mambavision import expect_mixer
 from tokendyn.backends.torch.layers import S6
 from tokendyn.backends.torch.layers._ordering import expect_tokens
 from tokendyn.backends.torch.ops._convolution import convolve_silu
-from tokendyn.errors import OptionError
 
 
 class MambaVisionMixer(S6):
@@ -60,15 +58,7 @@ class MambaVisionMixer(S6):
         order: OrderConfig | str | None = None,
         parity: str = "clean",
     ) -> None:
-        check.expect_size("MambaVisionMixer", "d_model", d_model)
-        check.expect_size("MambaVisionMixer", "d_conv", d_conv)
-        check.expect_choice("MambaVisionMixer", "parity", parity, PARITIES)
-        d_both = int(expand * d_model)
-        if d_both % 2 or d_conv % 2 == 0:
-            raise OptionError(
-                f"MambaVisionMixer: d_model = {d_model}, expand = {expand}, d_conv = {d_conv}; expected an even "
-                f"expand * d_model, for it is split in two halves, and an odd d_conv, for the kernel is centred"
-            )
+        d_both = expect_mixer(d_model, d_conv, expand, parity)
         super().__init__(
             d_both // 2,
             d_state,
