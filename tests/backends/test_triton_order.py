@@ -136,7 +136,7 @@ def test_operators_are_registered_rightly(name):
 def test_what_the_kernels_decline():
     def reason(**change):
         given = {"dtype": torch.bfloat16, "device": "cuda", "needs_grad": True, "transformed": False}
-        call = _engines.OrderCall(**{**given, "length": 49, "power": 1, "channels_apart": 1, **change})
+        call = _engines.OrderCall(**{**given, "length": 49, "power": 1, **change})
         (engine,) = (engine for engine in _engines.ENGINES["softsort"] if engine.name == "triton")
         return engine.declines(call)
 

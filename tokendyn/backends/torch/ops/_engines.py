@@ -79,12 +79,10 @@ class OrderCall(Call):
     Attributes:
         length: L.
         power: of the distance.
-        channels_apart: from one channel of a token to the next, in numbers.
     """
 
     length: int
     power: float
-    channels_apart: int
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,6 @@ def _triton_step(*args: Any, **options: Any) -> Any:
 def _cuda_order_declines(call: OrderCall) -> str | None:
     if call.power != 1:
         return f"the power is {call.power}, it takes 1"
-    # Windows of tokens are the one use of others; they gave gradients that were no numbers on a GPU.
-    if call.channels_apart != 1:
-        return f"a token's channels lie {call.channels_apart} apart, it takes them side by side"
     return _cuda_declines(call)
 
 
@@ -250,9 +245,8 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
         Engine("plain", _takes_all, _softsort_plain.softsort),
     ),
     "softsort_restore": (
-        # First what its tests on a GPU all passed with: one of the cuda engine failed, at (2, 40, 37) in bfloat16.
-        Engine("triton", _triton_order_declines, _triton_softsort_restore),
         Engine("cuda", _cuda_order_declines, _cuda_softsort_restore),
+        Engine("triton", _triton_order_declines, _triton_softsort_restore),
         Engine("plain", _takes_all, _softsort_plain.softsort_restore),
     ),
     "take_tokens": (

@@ -26,9 +26,8 @@ def importance_score(x: torch.Tensor, s_delta: torch.Tensor | None, k: torch.Ten
 
 def exact_scores(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """x (b, L, d) times the direction (d,) of scores, in the direction's dtype: float32, or float64 if x is; on a GPU
-    where channels lie side by side by a kernel of our own, without a copy of x in float32."""
+    by a kernel of our own, where no copy of x in float32 is made."""
     usable = x.is_cuda and _HAS_TRITON and x.dtype != torch.float64 and direction.dtype == torch.float32
-    usable = usable and x.stride(-1) == 1
     if usable and not torch.compiler.is_compiling() and not transformed():
         from tokendyn.backends.torch.ops import _score_triton
 
@@ -90,7 +89,6 @@ def _describe(scores: torch.Tensor, x: torch.Tensor, power: float) -> OrderCall:
         transformed=transformed(),
         length=x.shape[1],
         power=power,
-        channels_apart=1 if x.shape[2] == 1 else x.stride(2),
     )
 
 

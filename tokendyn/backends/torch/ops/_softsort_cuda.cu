@@ -96,7 +96,7 @@ struct Unit {
     int part, span, start, count;  // of tokens in order
     int slab, stop;                // of 32 channels
     int lane, segment, beside;     // which of the SLABS it is
-    int from, tokens;              // the warp's own tokens in the span
+    int from, tokens;              // from the warp's first token in the span: its own RUN, and all that are left
     __device__ __forceinline__ explicit Unit(const Args& p) {
         unsigned parts = (unsigned)p.parts, spans = LONG ? (unsigned)p.spans : 1, index = blockIdx.x / parts;
         part = (int)(blockIdx.x % parts), span = (int)(index % spans), batch = index / spans;
@@ -105,7 +105,9 @@ struct Unit {
         lane = threadIdx.x % 32;
         int warp = threadIdx.x / 32;
         segment = warp % SEGMENTS, beside = warp / SEGMENTS;
-        from = segment * RUN, tokens = max(0, min(RUN, count - from));
+        // Not clamped to [0, RUN]: NVIDIA's compiler 13.0 for sm_90 then takes a later `== RUN` from the clamping instruction, which
+        // holds of fewer tokens too, so that what follows the last token was read and written.
+        from = segment * RUN, tokens = count - from;
     }
 };
 
@@ -202,7 +204,7 @@ __device__ __forceinline__ bool begin(const Args& p, const Unit& unit, int base,
     sums[0].clear(), sums[1].clear();
     if (busy) {
         const Place* places = shared.places + unit.from;
-        if (unit.tokens == RUN && slab * 32 + 32 <= p.width)
+        if (unit.tokens >= RUN && slab * 32 + 32 <= p.width)
             values.load<true>(p, unit, slab * 32 + unit.lane, places);
         else
             values.load<false>(p, unit, slab * 32 + unit.lane, places);
@@ -340,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) product(const __g
 #pragma unroll
             for (int k = RUN - 1; k >= 0; k--) sums[1].move(places[k + 1].k), values.add_to(sums[1], k), result[k] += sums[1].all[0];
             Tokens<!ORDERED> out TOKENS(out, channel);
-            if (unit.tokens == RUN && slab * 32 + 32 <= p.width)
+            if (unit.tokens >= RUN && slab * 32 + 32 <= p.width)
                 out.store<true>(result, places, RUN, true);
             else
                 out.store<false>(result, places, unit.tokens, channel < p.width);
@@ -424,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) gradients(const _
             }
             if (p.out) {
                 Tokens<!ORDERED> out TOKENS(out, channel);
-                if (unit.tokens == RUN && slab * 32 + 32 <= p.width)
+                if (unit.tokens >= RUN && slab * 32 + 32 <= p.width)
                     out.store<true>(result, places, RUN, true);
                 else
                     out.store<false>(result, places, unit.tokens, channel < p.width);
