@@ -10,9 +10,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tables import paired_by_seed
 
 from tokendyn.experiments._drawing import COLOURS, STYLE, draw_band
-from tokendyn.experiments._statistics import paired
 
 DOCS = Path(__file__).parent
 PAIRS = (
@@ -41,16 +41,11 @@ def orders() -> Figure:
     for panel, future in zip(panels, (False, True), strict=True):
         pairs = [pair for pair in PAIRS if set(pair) <= set(arms) and arms[pair[0]]["reads_future"] == future]
         for place, (one, other) in enumerate(reversed(pairs)):
-            both = [seed for seed in arms[one]["seeds"] if seed in arms[other]["seeds"]]
-            losses = [
-                [arms[arm]["held_out"]["loss"]["values"][arms[arm]["seeds"].index(seed)] for seed in both]
-                for arm in (one, other)
-            ]
-            difference = paired(*losses)
+            difference = paired_by_seed(arms[one], arms[other], "loss")
             low, high = difference["interval95"] or (difference["mean"],) * 2
             colour = COLOURS[5 if future else 0]
             panel.plot([low, high], [place, place], color=colour, linewidth=2)
-            panel.plot(difference["values"], [place] * len(both), "o", color=colour, markersize=4)
+            panel.plot(difference["values"], [place] * len(difference["values"]), "o", color=colour, markersize=4)
         panel.axvline(0, color="#888888", linewidth=1)
         panel.set_yticks(range(len(pairs)), [f"{one}\nminus {other}" for one, other in reversed(pairs)], fontsize=7)
         panel.set_ylim(-0.6, len(pairs) - 0.4)

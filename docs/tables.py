@@ -33,6 +33,14 @@ def interval(difference: dict[str, Any], digits: int, scale: float = 1.0) -> str
     return f"{scale * difference['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
+def paired_by_seed(one: dict[str, Any], other: dict[str, Any], key: str) -> dict[str, Any]:
+    """:func:`paired` of a held-out measure of two arms, over the seeds that both have."""
+    both = [seed for seed in one["seeds"] if seed in other["seeds"]]
+    return paired(
+        *([arm["held_out"][key]["values"][arm["seeds"].index(seed)] for seed in both] for arm in (one, other))
+    )
+
+
 def demo_imagenet() -> str:
     result = json.loads((FOLDER / "demo_imagenet.json").read_text(encoding="utf-8"))
     rows = []
@@ -279,12 +287,7 @@ def orders_differences() -> str:
         for one, other in pairs:
             if one not in arms or other not in arms:
                 continue
-            both = [seed for seed in arms[one]["seeds"] if seed in arms[other]["seeds"]]
-            shown = []
-            for key in ("loss", "zero_shot_loss"):
-                values = ([arm["held_out"][key]["values"][arm["seeds"].index(seed)] for seed in both]
-                          for arm in (arms[one], arms[other]))  # fmt: skip
-                shown.append(interval(paired(*values), 4))
+            shown = (interval(paired_by_seed(arms[one], arms[other], key), 4) for key in ("loss", "zero_shot_loss"))
             rows.append([group if first else "", f"`{one}` − `{other}`", *shown])
             first = False
     return table(["", "difference", "held-out loss, nats a token", "zero-shot"], rows)

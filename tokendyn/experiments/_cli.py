@@ -25,6 +25,10 @@ C = TypeVar("C")
 MISTAKE = 2  # the command, the data or the folder cannot be used as given
 NON_FINITE = 3  # the loss or the gradient became NaN or infinite
 SIGNALLED = 128  # plus the number: 130 for Ctrl-C, 143 for SIGTERM, 142 for --max-minutes
+EXIT_CODES = """
+exit codes: 0 finished; 2 a mistake in the command or the data; 3 a loss or gradient that is NaN or
+infinite; 130, 142, 143 stopped by Ctrl-C, --max-minutes, SIGTERM, with everything saved.
+""".strip()
 
 REQUIRED = {
     "torch": "torch",

@@ -17,8 +17,7 @@ preset demo runs on scikit-learn's digits, in minutes on two CPU cores.
   {PROG} cifar10 --data-dir TREE --seeds 0 --epochs 5
   {PROG} demo --arms baseline sorted:tau=0.3 published
 
-exit codes: 0 finished; 2 a mistake in the command or the data; 3 a loss or gradient that is NaN or
-infinite; 130, 142, 143 stopped by Ctrl-C, --max-minutes, SIGTERM, with everything saved.
+{_cli.EXIT_CODES}
 """
 
 

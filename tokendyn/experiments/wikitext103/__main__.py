@@ -18,8 +18,7 @@ folder. With no argument the preset demo runs on 43 articles of Wikipedia, in mi
   {PROG} table2_positive --text hf:wikitext/wikitext-103-raw-v1 --tokenizer-dir FOLDER
   {PROG} demo --arms free no_norm h3 transformer:n_layer=2
 
-exit codes: 0 finished; 2 a mistake in the command or the data; 3 a loss or gradient that is NaN or
-infinite; 130, 142, 143 stopped by Ctrl-C, --max-minutes, SIGTERM, with everything saved.
+{_cli.EXIT_CODES}
 """
 
 
