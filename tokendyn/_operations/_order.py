@@ -120,7 +120,7 @@ def softsort_restore(
         ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
 
     Cost:
-        ShapeError, DTypeError, OptionError, NonFiniteError: as in :func:`softsort`.
+        As :func:`softsort`.
     """
     _check_order("softsort_restore", scores, y, tau, power)
 

@@ -19,7 +19,7 @@ from tokendyn._causality import (
     perturbed_places,
 )
 from tokendyn._dispatch import describe
-from tokendyn.backends.torch.layers._packing import sequence_starts
+from tokendyn.backends.torch.ops._scan_plain import sequence_starts
 from tokendyn.errors import DTypeError, NonFiniteError, OptionError, ShapeError
 
 

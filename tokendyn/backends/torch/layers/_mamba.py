@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tokendyn import _checks as check
 from tokendyn._layers import OrderConfig
 from tokendyn.backends.torch.layers._ordering import expect_tokens
-from tokendyn.backends.torch.layers._packing import sequence_starts
 from tokendyn.backends.torch.layers._s6 import S6
 from tokendyn.backends.torch.ops._convolution import convolve_silu
+from tokendyn.backends.torch.ops._scan_plain import sequence_starts
 from tokendyn.errors import OptionError, ShapeError
 
 

@@ -7,12 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def sequence_starts(seq_idx: Tensor) -> Tensor:
-    """(b, L) booleans: a sequence begins here, for ``seq_idx`` differs from the value before it."""
-    starts = torch.ones_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return starts
+from tokendyn.backends.torch.ops._scan_plain import sequence_starts
 
 
 def by_sequence(function: Callable[[Tensor], Tensor], x: Tensor, seq_idx: Tensor) -> Tensor:
@@ -28,7 +23,9 @@ def by_sequence(function: Callable[[Tensor], Tensor], x: Tensor, seq_idx: Tensor
     Cost:
         That of ``function`` on (sequences, longest of them, D).
     """
-    starts = sequence_starts(seq_idx).flatten()
+    starts = sequence_starts(seq_idx)
+    starts[:, 0] = True
+    starts = starts.flatten()
     row = starts.cumsum(0) - 1
     place = torch.arange(len(row), device=x.device) - starts.nonzero().squeeze(1)[row]
     rows = x.new_zeros(int(row[-1]) + 1, int(place.max()) + 1, x.shape[-1])

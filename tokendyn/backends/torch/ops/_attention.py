@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokendyn.backends.torch.ops._function import transformed
 from tokendyn.backends.torch.ops._precision import compute_dtype, without_autocast
-from tokendyn.backends.torch.ops._scan_plain import step_size, valid_tokens
+from tokendyn.backends.torch.ops._scan_plain import sequence_starts, step_size, valid_tokens
 
 #: Elements of one (channels, b, R, L) block while an aggregate is made.
 _BLOCK_ELEMENTS = 1 << 22
@@ -51,7 +51,7 @@ def hidden_attention(
     row = token[start:stop]
     visible = (token <= row[:, None]).expand(b, -1, -1)
     if seq_idx is not None:
-        sequence = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(-1)
+        sequence = sequence_starts(seq_idx).cumsum(-1)
         visible = visible & (sequence[:, start:stop, None] == sequence[:, None, :])
 
     def block(first: int, last: int) -> torch.Tensor:

@@ -27,6 +27,11 @@ def valid_tokens(lengths: torch.Tensor, length: int) -> torch.Tensor:
     return torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1)
 
 
+def sequence_starts(seq_idx: torch.Tensor) -> torch.Tensor:
+    """(b, L) booleans: another packed sequence begins at this token. Never at the first."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+
+
 def step_size(
     delta: torch.Tensor, bias: torch.Tensor | None, use_softplus: bool, valid: torch.Tensor | None
 ) -> torch.Tensor:
@@ -107,7 +112,7 @@ def run(
     delta = step_size(delta, delta_bias, delta_softplus, valid)
     resets = None
     if seq_idx is not None:
-        resets = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        resets = sequence_starts(seq_idx)
         resets = (resets if valid is None else resets & valid).T.reshape(length, b, 1, 1, 1)
 
     def tokens_first(t: torch.Tensor) -> torch.Tensor:
