@@ -85,7 +85,7 @@ def _over_training(held_out: Runs, random_letters: bool) -> Figure:
     if with_layers:
         panels[2].set_yscale("log")
         panels[3].set_ylim(-0.02, 1.02)
-    panels[0].legend(loc="upper right")
+    panels[0].legend(loc="best")
     if len(losses) == 1:
         panels[1].set_axis_off()
     return figure
