@@ -139,6 +139,14 @@ def test_every_picture_has_a_text() -> None:
         assert text.count("```{image}") == text.count(":alt:"), page
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_has_its_head(page: str) -> None:
+    """A blank line inside a table would leave the rows below it as text."""
+    text = re.sub(r"^(```|\$\$).*?^\1", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert re.fullmatch(r"\|[\s:|-]+\|", "".join(table.splitlines()[1:2])), f"{page}: {table.splitlines()[0]}"
+
+
 def test_tables_of_results_are_those_of_the_measurements() -> None:
     assert load("tables.py").main(["--check"]) == 0, "run: python docs/tables.py"
 
