@@ -110,13 +110,29 @@ def record(call: Callable[[], T]) -> Callable[[], T]:
     return replay
 
 
-def average_gradients(gradients: list[Tensor], group: Group) -> None:
-    """Make gradients the mean over all processes, in one exchange and in the memory in which they are."""
-    if group.size == 1 or not gradients:
-        return
-    whole = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(whole)
-    whole /= group.size
-    parts = whole.split([gradient.numel() for gradient in gradients])
-    means = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
-    torch._foreach_copy_(gradients, means)  # type: ignore[attr-defined]
+class GradientExchange:
+    """Makes gradients the mean over all processes, in one exchange and in the memory in which they are.
+
+    Called always with the same gradients: those of a recorded step.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._whole = torch.empty(0)
+        self._parts: list[Tensor] = []
+
+    def __call__(self, gradients: list[Tensor]) -> None:
+        if self._group.size == 1 or not gradients:
+            return
+        if not self._parts:
+            self._whole = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+            parts = self._whole.split([gradient.numel() for gradient in gradients])
+            # Laid out in memory as the gradients are, so that few kernels move them all.
+            self._parts = [
+                part.as_strided(gradient.shape, torch.empty_like(gradient).stride())
+                for part, gradient in zip(parts, gradients, strict=True)
+            ]
+        torch._foreach_copy_(self._parts, gradients)  # type: ignore[attr-defined]
+        dist.all_reduce(self._whole)
+        self._whole /= self._group.size
+        torch._foreach_copy_(gradients, self._parts)  # type: ignore[attr-defined]

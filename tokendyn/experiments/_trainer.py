@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from tokendyn.backends.torch.ops._engines import engines_taken
@@ -38,8 +37,9 @@ from tokendyn.experiments._distributed import (
 )
 from tokendyn.experiments._faults import faulty_parameters, first_faulty_output
 from tokendyn.experiments._files import remove_unfinished, write_json, write_with
-from tokendyn.experiments._graphs import Recorded, average_gradients, expect_recordable
+from tokendyn.experiments._graphs import GradientExchange, Recorded, expect_recordable
 from tokendyn.experiments._loggers import Loggers
+from tokendyn.experiments._moving_average import MovingAverage
 from tokendyn.experiments._optim import (
     learning_rate,
     load_optimizer_tensors,
@@ -114,12 +114,12 @@ class Trainer:
         _random.seed_everything(seed + self.group.rank)  # each part of a batch with dropout of its own
         self.optimizer = make_optimizer(self.model, train, recordable=compute.cuda_graphs)
         self._differentiate, self._apply = self._make_gradients, self._apply_gradients
+        self._exchange = GradientExchange(self.group)
         if compute.cuda_graphs:
             self._differentiate, self._apply = Recorded(self._make_new_gradients), Recorded(self._apply_gradients)
-        self.average: AveragedModel | None = None
+        self.average: MovingAverage | None = None
         if train.ema_decay:
-            average = get_ema_multi_avg_fn(train.ema_decay)
-            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.average = MovingAverage(self.model, train.ema_decay)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -161,6 +161,7 @@ class Trainer:
     def _train(self) -> dict[str, Any]:
         config = self.train_config
         began, began_at = time.perf_counter(), self.step
+        self.model.train()  # what evaluates it puts it back
         for batch in self._batches():
             if isinstance(batch, TokendynError):
                 raise batch
@@ -217,13 +218,12 @@ class Trainer:
         self._note_skipped(batch.skipped)
         set_rate(self.optimizer, learning_rate(self.step, self.total, self.train_config))
         self._set_progress(self.model)
-        self.model.train()
         tensors = {key: value.to(self.device, non_blocking=True) for key, value in batch.tensors.items()}
         prepared = self._prepare(tensors)
         loss, logged = self._differentiate(prepared)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         if self.compute.cuda_graphs:
-            average_gradients(gradients, self.group)
+            self._exchange(gradients)
         norm = nn.utils.get_total_norm(gradients)
         values = self._gather({"loss": loss, "gradient_norm": whole(norm), **logged})
         self._expect_finite(values, tensors, prepared)
@@ -231,7 +231,7 @@ class Trainer:
         if not self.compute.cuda_graphs:  # whose gradients keep their memory
             self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.count()
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._summed += 1
@@ -259,6 +259,8 @@ class Trainer:
             parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
             nn.utils.clip_grads_with_norm_(parameters, self.train_config.clip_norm, tensors["norm"])
         self.optimizer.step()
+        if self.average is not None:
+            self.average.blend(self.model)
 
     def _gather(self, measured: dict[str, Tensor]) -> dict[str, float]:
         """Means over all processes, by one transfer a step: all that must be known before the update, or is logged. The
