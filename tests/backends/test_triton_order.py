@@ -93,7 +93,10 @@ def test_a_tiny_temperature_sorts(name, power):
     order = tokendyn.hard_order(scores.detach())
     move = tokendyn.take_tokens if name == "softsort" else tokendyn.put_tokens
     out, dscores, _ = evaluate(_softsort_triton, name, scores, x, tau=1e-38, power=power)
-    assert torch.equal(out, move(x.detach(), order))
+    if ON_GPU:  # where products are of TF32 in three parts, even with a permutation
+        assert error(out, move(x.detach(), order)) <= tolerance(name, "float32").values
+    else:
+        assert torch.equal(out, move(x.detach(), order))
     assert not dscores.any()
 
 
