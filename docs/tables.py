@@ -251,6 +251,12 @@ def _orders() -> dict[str, Any]:
     return json.loads((FOLDER / "orders.json").read_text(encoding="utf-8"))["arms"]
 
 
+def _arm(name: str) -> str:
+    """An arm's name as code; what stands after a comma tells one run of it from another."""
+    arm, comma, which = name.partition(",")
+    return f"`{arm}`{comma}{which}"
+
+
 def orders() -> str:
     """The study of orders in language; what is no perplexity stands in brackets."""
     rows = []
@@ -262,7 +268,7 @@ def orders() -> str:
             plus_minus(found["zero_shot_word_perplexity"], 0),
         ]
         cells = [f"[{cell}]" if arm["reads_future"] else cell for cell in shown]
-        rows.append([f"`{name}`", *cells, f"{arm['parameters']:,}"])
+        rows.append([_arm(name), *cells, f"{arm['parameters']:,}"])
     return table(["arm", "perplexity", "bits a byte", "zero-shot word perplexity", "parameters"], rows)
 
 
@@ -270,7 +276,10 @@ def orders_differences() -> str:
     arms = _orders()
     ablations = ("shared_layers", "no_norm", "no_convolution")
     groups = {
-        "causal order": tuple((f"{kind}_order", "free") for kind in ("chunk", "group", "window")),
+        "causal order": (
+            *(("chunk_order", "free"), ("group_order", "free")),
+            ("window_order", "free, again"),  # of a later run, with its own
+        ),
         "chunks, ablated": tuple((f"chunk_order_{name}", name) for name in ablations),
         "reading the future": (
             *(("mamba_published_order", "free"), ("h3_published_order", "h3")),
@@ -288,7 +297,7 @@ def orders_differences() -> str:
             if one not in arms or other not in arms:
                 continue
             shown = (interval(paired_by_seed(arms[one], arms[other], key), 4) for key in ("loss", "zero_shot_loss"))
-            rows.append([group if first else "", f"`{one}` − `{other}`", *shown])
+            rows.append([group if first else "", f"{_arm(one)} − {_arm(other)}", *shown])
             first = False
     return table(["", "difference", "held-out loss, nats a token", "zero-shot"], rows)
 
@@ -364,6 +373,83 @@ def mamba_lm() -> str:
     return table(header, rows)
 
 
+#: MambaVision's rows: their name on the page and in the benchmark's JSON.
+VISION = {
+    "baseline": "baseline",
+    "with reordering": "published order, ours",
+    "with dense reordering": "published order, dense",
+    "PyPI `mambavision`": "PyPI mambavision",
+}
+#: Multiply-adds of attention's two products: in stage 3 four layers of 196 tokens, in stage 4 two of 49.
+VISION_ATTENTION = 4 * 2 * 196**2 * 320 + 2 * 2 * 49**2 * 640
+
+
+def _vision() -> dict[str, Any]:
+    return json.loads((BENCHMARKS / "mambavision_cost.json").read_text(encoding="utf-8"))
+
+
+def mambavision_cost() -> str:
+    """Table 8 beside paper 1's: a training step replayed from a CUDA graph, its memory when it is launched eagerly."""
+    measured = _vision()
+    rows = [
+        ["published, 4 A100, baseline", "31.79 M", "8.93", "308 s an epoch", "", "7,232", ""],
+        ["published, with reordering", "31.79 M", "8.94", "322 s an epoch", "+4.5 %", "7,334", "+1.4 %"],
+    ]
+    base: dict[str, float] = {}
+    for shown, name in VISION.items():
+        eager, replayed = measured["models"][name], measured["models"][f"{name}, CUDA graph"]
+        found = {"ms": replayed["training_ms"], "bytes": eager["training_bytes"]}
+        base = base or found
+        more = {key: f"{100 * (found[key] / base[key] - 1):+.1f} %" if found is not base else "" for key in found}
+        flops = 2 * eager["gflops"]
+        rows.append(
+            [
+                shown if shown.startswith("PyPI") else f"ours, 1 H100, {shown}",
+                f"{eager['parameters']:,}",
+                f"{flops:.2f} ({flops - 2e-9 * VISION_ATTENTION:.2f})",
+                f"{1e3 * measured['batch'] / found['ms']:,.0f} images/s",
+                more["ms"],
+                f"{found['bytes'] / 1e6:,.0f}",
+                more["bytes"],
+            ]
+        )
+    return table(["MambaVision-T", "parameters", "GFLOPs", "training", "time", "MB a GPU", "memory"], rows)
+
+
+def mambavision_modes() -> str:
+    """Training images/s of every way to launch a step, on each of the two hosts that went beyond eager steps."""
+    measured = _vision()
+    runs = (measured, measured["other_runs"][0])
+    modes = {
+        "eager": "",
+        "replayed": ", CUDA graph",
+        "compiled": ", compiled",
+        "compiled and replayed": ", compiled, CUDA graph",
+    }
+    rows = []
+    for shown, ending in modes.items():
+        for run in runs:
+            times = [run["models"].get(f"{name}{ending}") for name in VISION.values()]
+            if any(times):
+                cells = [f"{1e3 * measured['batch'] / row['training_ms']:,.0f}" if row else "not run" for row in times]
+                rows.append([shown, f"{run['cores']} cores", *cells])
+    return table(["step", "host", *VISION], rows)
+
+
+def mambavision_gpus() -> str:
+    """The trainer's images/s on one GPU and on two of the same host, in one run."""
+    runs: dict[tuple[str, str], dict[int, float]] = {}
+    for run in _vision()["trainings"]:
+        if "mode" in run and "images_per_second" in run:
+            runs.setdefault((run["mode"], run["revision"]), {})[run["gpus"]] = run["images_per_second"]
+    rows = [
+        [mode, revision, f"{found[1]:,.0f}", f"{found[2]:,.0f}", f"{found[2] / found[1]:.2f}"]
+        for (mode, revision), found in runs.items()
+        if 2 in found
+    ]
+    return table(["the trainer's steps", "revision", "one GPU, images/s", "two GPUs, images/s", "times"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
@@ -371,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(study_cifar10, study_cifar10_mechanism, study_cifar10_tokens),
         *(study_imagenette, study_imagenette_mechanism, study_imagenette_tokens),
         *(ag_news, imdb, mamba_lm, orders, orders_differences, token_norms, text_leak),
+        *(mambavision_cost, mambavision_modes, mambavision_gpus),
     )
 }
 
