@@ -1,4 +1,4 @@
-"""What ``test_parallel.py`` starts as torchrun would: the tiny task without dropout. Argument: the folder."""
+"""What ``test_parallel.py`` starts by torchrun: the tiny task without dropout. Argument: the folder."""
 
 from __future__ import annotations
 

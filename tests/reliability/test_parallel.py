@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,24 +31,19 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of runs by two processes, and what these printed."""
     folder = tmp_path_factory.mktemp("parallel")
     write_tree(folder / "tree")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.parallel_run", str(folder)],
-            env={**environment, "WORLD_SIZE": str(PROCESSES), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * PROCESSES, "\n".join(outputs)
-    return folder, "".join(outputs)
+    # torchrun finds a free port by itself, and keeps it.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    run = subprocess.run(
+        [sys.executable, *torchrun, f"--nproc-per-node={PROCESSES}", "-m", "tests.reliability.parallel_run", folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout
+    return folder, run.stdout
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "graphs"])
