@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent
 PAIRS = (
     ("chunk_order", "free"),
     ("group_order", "free"),
-    ("window_order", "free"),
+    ("window_order", "free, again"),
     ("chunk_order_shared_layers", "shared_layers"),
     ("chunk_order_no_norm", "no_norm"),
     ("chunk_order_no_convolution", "no_convolution"),
