@@ -131,6 +131,7 @@ def test_flags_change_what_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
         (["--arms", "reversed:final_tau=1"], "final_tau is 1.0 for reversed, restored, which has no temperature"),
         (["--crop-area", "2"], "--crop-area is 2.0, expected 0.01 to 1"),
         (["--on-device", "--cache-mb", "0", "--data-dir", "TREE"], "--data-dir TREE is no folder"),
+        (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs an NVIDIA GPU, and --device is cpu"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu, cuda"),
         (["cifar10"], "the preset cifar10 needs images; give --data-dir FOLDER"),
         (["--data-dir", "nowhere"], "--data-dir nowhere is no folder"),

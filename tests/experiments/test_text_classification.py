@@ -226,6 +226,7 @@ def test_presets_build_and_print(name: str, capsys: pytest.CaptureFixture[str]) 
             "the label 'plants' of the test texts is none",
         ),
         ({"train.jsonl": rows(4, 1), "test.jsonl": rows(4, 1)}, ["--data", "."], "only 4 training texts"),
+        ({}, ["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs an NVIDIA GPU, and --device is cpu"),
         ({}, ["--arms", "sortd"], r"unknown arm 'sortd' \(did you mean 'sorted'\?\)"),
     ],
 )

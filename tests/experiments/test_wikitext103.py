@@ -315,6 +315,7 @@ def test_arms_that_are_none_are_told(arm: str, words: str) -> None:
         (["--evaluation-stride", "33"], "--evaluation-stride is 33, expected at most"),
         (["--zero-shot", "nowhere.txt"], r"needs the text of --zero-shot: nowhere\.txt is no file"),
         (["--arms", "free", "free"], "expected one or more, each once"),
+        (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs an NVIDIA GPU, and --device is cpu"),
         (["--tokenizer", "gpt2"], "needs GPT-2's tokenizer: give --tokenizer-dir"),
     ],
 )

@@ -19,12 +19,27 @@ from tokendyn.experiments._cli import Stopped
 from tokendyn.experiments._config import ComputeConfig, RunConfig, TrainConfig
 from tokendyn.experiments._devices import jobs_for, numerics, take_gpu
 from tokendyn.experiments._distributed import current_group
+from tokendyn.experiments._graphs import expect_recordable
 from tokendyn.experiments._jobs import run_jobs
 from tokendyn.experiments._progress import Listener, Progress, Quiet
 from tokendyn.experiments._run_folder import RunRecord, hold, read_run, run_folder
 from tokendyn.experiments._signals import TIME_IS_UP, StopRequest, StopSignals, name_of
 from tokendyn.experiments._task import Task
 from tokendyn.experiments._trainer import Trainer, total_steps
+
+
+def expect_trainable(
+    make_task: Callable[[str, int], Task], arms: tuple[str, ...], seed: int, compute: ComputeConfig
+) -> None:
+    """Every arm can be trained so; asked before a folder is made.
+
+    Raises:
+        OptionError: one cannot; the reason.
+    """
+    for arm in arms:
+        task = make_task(arm, seed)
+        if compute.cuda_graphs:
+            expect_recordable(task, torch.device(compute.device), current_group(), compute)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tokendyn.experiments._devices import numerics, resolve_device
 from tokendyn.experiments._distributed import current_group, joined
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
-from tokendyn.experiments._study import Study
+from tokendyn.experiments._study import Study, expect_trainable
 from tokendyn.experiments._trainer import load_weights
 from tokendyn.experiments.imagenet._config import MADE_FOR, ImageNetConfig
 from tokendyn.experiments.imagenet._images import Images, load_digits, load_folder
@@ -50,7 +50,7 @@ def run_imagenet(preset: str, config: ImageNetConfig, command: list[str]) -> Non
         if config.model.eval_only is not None:
             evaluate_weights(Path(config.model.eval_only), make_task(config.arms[0], config.seeds[0]), config)
             return
-        make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
+        expect_trainable(make_task, config.arms, config.seeds[0], config.compute)
         folder = Path()
         if group.leads:
             folder = open_folder(

@@ -8,7 +8,7 @@ from tokendyn.errors import OptionError
 from tokendyn.experiments._devices import resolve_device
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
-from tokendyn.experiments._study import Study
+from tokendyn.experiments._study import Study, expect_trainable
 from tokendyn.experiments.text_classification._config import TextConfig
 from tokendyn.experiments.text_classification._report import write_report
 from tokendyn.experiments.text_classification._task import TextTasks
@@ -33,7 +33,7 @@ def run_text_classification(preset: str, config: TextConfig, command: list[str])
         raise OptionError(f"the preset {preset} needs texts; give --data with a file, a folder, or hf:NAME")
     texts = load_texts(config.data)
     make_task = TextTasks(texts, config)
-    make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
+    expect_trainable(make_task, config.arms, config.seeds[0], config.compute)
     folder = open_folder(
         config.run,
         stem=f"text_classification-{preset}",

@@ -11,7 +11,7 @@ from tokendyn.errors import OptionError
 from tokendyn.experiments._devices import resolve_device
 from tokendyn.experiments._loggers import expect_installed
 from tokendyn.experiments._run_folder import RunRecord, open_folder
-from tokendyn.experiments._study import Study
+from tokendyn.experiments._study import Study, expect_trainable
 from tokendyn.experiments._text._sources import HUGGING_FACE, RANDOM
 from tokendyn.experiments._trainer import load_trained
 from tokendyn.experiments.wikitext103._config import DataConfig, LanguageConfig
@@ -59,7 +59,7 @@ def run_wikitext103(preset: str, config: LanguageConfig, command: list[str]) -> 
     _expect_sources(preset, config.data)
     texts = load_texts(config.data)
     make_task = LanguageTasks(texts, config)
-    make_task(config.arms[0], config.seeds[0])  # what cannot be trained is said before a folder is made
+    expect_trainable(make_task, config.arms, config.seeds[0], config.compute)
     folder = open_folder(
         config.run,
         stem=f"wikitext103-{preset}",
