@@ -79,7 +79,7 @@ def house() -> Figure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     ax = figure.subplots()
     ax.set_xlim(0, 10)
-    ax.set_ylim(0, 5.6)
+    ax.set_ylim(0.4, 5.5)
     ax.axis("off")
     floors = {
         "experiments": (4.6, "training, data, reports"),
@@ -89,8 +89,8 @@ def house() -> Figure:
     }
     for name, (y, text) in floors.items():
         ax.add_patch(Rectangle((0.2, y - 0.4), 6.1, 0.8, facecolor="#eef3f8", edgecolor=COLOURS[2]))
-        ax.text(0.4, y + 0.08, name, fontsize=10, weight="bold", va="bottom")
-        ax.text(0.4, y - 0.05, text, fontsize=8.5, va="top")
+        ax.text(0.4, y + 0.02, name, fontsize=10, weight="bold", va="bottom")
+        ax.text(0.4, y - 0.06, text, fontsize=8.5, va="top")
         if name != "core":
             ax.annotate("", (3.2, y - 0.8), (3.2, y - 0.4), arrowprops={"arrowstyle": "-|>", "color": "#333333"})
     ax.add_patch(Rectangle((7.2, 0.6), 2.6, 4.4, facecolor="#fbf3e6", edgecolor=COLOURS[5]))

@@ -195,8 +195,31 @@ addEventListener("load", () => {
   const drawn = () => paths().filter((path) => path.getAttribute("d").length > 10).length;
   const pressed = (key) => new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
   const state = () => JSON.parse(decodeURIComponent(location.hash.slice(1)));
+  const luminance = (colour) => {
+    const scale = colour.startsWith("rgb") ? 255 : 1, part = colour.match(/[\\d.]+/g).map((v) => v / scale);
+    const [r, g, b] = part.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (e) => {
+    const colour = getComputedStyle(e).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : colour;
+  };
+  const contrast = (e, key) => {
+    const [x, y] = [getComputedStyle(e)[key], behind(e)].map(luminance), opaque = getComputedStyle(e).opacity === "1";
+    return opaque ? (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05) : 1;
+  };
+  const faintest = { text: Infinity, mark: Infinity };
+  const look = () => {
+    for (const e of document.querySelectorAll("body *:not(script, style)")) {
+      const words = [...e.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+      if (!words || !e.checkVisibility()) continue;
+      faintest.text = Math.min(faintest.text, contrast(e, e.closest("svg") ? "fill" : "color"));
+    }
+    for (const e of document.querySelectorAll("#paths :is(.path, .start, .now, .outline, .ended)"))
+      faintest.mark = Math.min(faintest.mark, contrast(e, e.matches(".now") ? "fill" : "stroke"));
+  };
   for (const option of $("preset").options) {
-    $("preset").value = option.value; change($("preset"));
+    $("preset").value = option.value; change($("preset")); look();
     seen[option.value] = {
       kind: document.querySelector(".kind").textContent, drawn: drawn(), code: $("python").textContent,
       cells: $("attention").querySelectorAll("td[style]").length, tokens: state().x0.length };
@@ -211,7 +234,8 @@ addEventListener("load", () => {
   for (let i = 0; i < 30; i++) $("paths").dispatchEvent(pressed("ArrowRight"));
   const unnamed = [...document.querySelectorAll("input, select, button")].filter(
     (e) => !(e.labels && e.labels.length) && !e.getAttribute("aria-label") && !e.textContent.trim());
-  const found = { problems, seen, moved, tokens: state().x0.length, walked: before !== $("moment").textContent,
+  const found = { problems, seen, moved, faintest, tokens: state().x0.length,
+    walked: before !== $("moment").textContent,
     focused: document.activeElement.id, unnamed: unnamed.map((e) => e.outerHTML),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     widest: Math.max(...[...document.querySelectorAll("form, .card")].map((e) => e.getBoundingClientRect().right)),
@@ -270,4 +294,6 @@ def test_controls_keyboard_and_a_phones_width(dark: bool, tmp_path: Path) -> Non
     assert found["unnamed"] == []
     assert found["overflow"] <= 0
     assert found["widest"] <= 390
+    assert found["faintest"]["text"] >= 4.5
+    assert found["faintest"]["mark"] >= 3
     assert found["scheme"] == ("rgb(20, 23, 27)" if dark else "rgb(251, 250, 247)")

@@ -123,7 +123,7 @@
   const NOTES = {
     line: "Dotted: a token goes to infinity there.",
     plane: "Rings: the start; they can be dragged. Discs: at the depth chosen below. Cut off where a token leaves the picture.",
-    sphere: "Rings: the start. Discs: at the depth chosen below. Drag, or use the arrow keys, to turn the sphere.",
+    sphere: "Rings: the start. Discs: at the depth chosen below. Dotted or small: behind. Drag, or use the arrow keys, to turn the sphere.",
   };
 
   function renew() {

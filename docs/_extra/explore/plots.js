@@ -124,7 +124,7 @@ const TokenPlots = (() => {
       }
       flush();
     };
-    node(front, "circle", { class: "grid", cx: width / 2, cy: height / 2, r: radius });
+    node(front, "circle", { class: "outline", cx: width / 2, cy: height / 2, r: radius });
     const circle = Array.from({ length: 61 }, (_, i) => (i * Math.PI) / 30);
     for (const b of [-60, -30, 0, 30, 60].map((v) => (v * Math.PI) / 180)) curve(circle.map((t) => [Math.cos(t) * Math.cos(b), Math.sin(t) * Math.cos(b), Math.sin(b)]), { class: "grid" });
     for (const a of [0, 30, 60, 90, 120, 150].map((v) => (v * Math.PI) / 180)) curve(circle.map((t) => [Math.cos(a) * Math.cos(t), Math.sin(a) * Math.cos(t), Math.sin(t)]), { class: "grid" });
@@ -136,9 +136,9 @@ const TokenPlots = (() => {
     p.x0.forEach((x0, l) => {
       curve(rows.map((x) => x[l]), { class: "path", stroke: colour(l) });
       const [cx, cy, z] = turn(x0);
-      node(front, "circle", { cx, cy, r: 6, fill: "none", stroke: colour(l), "stroke-width": 2, class: z < 0 ? "back" : "" });
+      node(front, "circle", { cx, cy, r: 6, fill: "none", stroke: colour(l), "stroke-width": 2, class: z < 0 ? "start back" : "start" });
     });
-    now.forEach((x, l) => { const [cx, cy, z] = turn(x); node(front, "circle", { class: z < 0 ? "now back" : "now", cx, cy, r: 6, fill: colour(l) }); });
+    now.forEach((x, l) => { const [cx, cy, z] = turn(x); node(front, "circle", { class: "now", cx, cy, r: z < 0 ? 4 : 6, fill: colour(l) }); });
   }
 
   return { axisOf, colour, drawLine, drawPlane, drawSphere };
