@@ -20,9 +20,10 @@ from tokendyn._order import Order
 class TokenOrdering(nnx.Module):
     """Base of all ways to order tokens; ``__call__(x, *s_delta) -> Order | None``.
 
-    Args of ``__call__``:
-        x: (b, L, d) the tokens to be ordered.
-        s_delta: factors of S_Δ, left to right, the last one (·, d); none for mixers without a step size.
+    What ``__call__`` takes:
+
+    - x: (b, L, d) the tokens to be ordered.
+    - s_delta: factors of S_Δ, left to right, the last one (·, d); none for mixers without a step size.
 
     Attributes:
         config: the :class:`~tokendyn.OrderConfig`; mixers read ``restore`` and ``reorder_gate`` from it.

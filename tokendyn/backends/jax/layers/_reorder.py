@@ -21,7 +21,7 @@ class TokenReorder(nnx.Module):
 
     Args:
         mixer: module mapping (b, L, D) to (b, L, D).
-        d_model: D.
+        d_model: the channels D.
         order: an :class:`~tokendyn.OrderConfig`, ``"published"`` or a method's name. ``reorder_gate`` has no meaning
             here and is refused.
         param_dtype: of ``order.K`` (D,).

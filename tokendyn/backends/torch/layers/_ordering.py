@@ -26,10 +26,11 @@ from tokendyn.errors import DTypeError
 class TokenOrdering(nn.Module):
     """Base of all ways to order tokens; ``forward(x, *s_delta, lengths=None) -> Order | None``.
 
-    Args of ``forward``:
-        x: (b, L, d) the tokens to be ordered.
-        s_delta: factors of S_Δ, left to right, the last one (·, d); none for mixers without a step size.
-        lengths: (b,) of sequences padded on the right: the padding stays behind the tokens and is averaged with none.
+    What ``forward`` takes:
+
+    - x: (b, L, d) the tokens to be ordered.
+    - s_delta: factors of S_Δ, left to right, the last one (·, d); none for mixers without a step size.
+    - lengths: (b,) of sequences padded on the right: the padding stays behind the tokens and is averaged with none.
 
     Attributes:
         config: the :class:`~tokendyn.OrderConfig`; mixers read ``restore`` and ``reorder_gate`` from it.
