@@ -208,7 +208,7 @@ def test_hugging_face_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"train": {"text": ["a\n", "b\n"]}, "validation": {"text": ["c"]}, "test": {"text": ["d"]}}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    found = read_split_text("hf:Salesforce/wikitext/wikitext-103-raw-v1", 0.1)
+    found = read_split_text("hf:Salesforce/wikitext:wikitext-103-raw-v1", 0.1)
     assert asked == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
     assert [found[split].documents for split in ("train", "held_out", "test")] == [["a\nb\n"], ["c"], ["d"]]
 

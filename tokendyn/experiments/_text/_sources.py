@@ -44,7 +44,7 @@ def read_split_text(source: str | None, held_out_part: float) -> dict[str, Text]
 
     Args:
         source: a folder with files (or folders) of text named train, valid and maybe test; one text file, whose last
-            part is held out; ``hf:NAME`` or ``hf:NAME/CONFIGURATION`` of Hugging Face's datasets; ``random`` for
+            part is held out; ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` of Hugging Face's datasets; ``random`` for
             independent uniform :data:`LETTERS`; None for the text that comes with the package. Files may end in .xz or
             .gz.
         held_out_part: part of a single file that is held out.
@@ -170,17 +170,25 @@ def _is_text(file: Path) -> bool:
     return inner.suffix in _PLAIN
 
 
-def _hugging_face(name: str) -> dict[str, Text]:
+def load_hugging_face(option: str, name: str) -> Any:
+    """The splits of a data set ``NAME`` or ``NAME:CONFIGURATION``, given as ``option``.
+
+    Raises:
+        DataError: it cannot be had.
+    """
     try:
         import datasets
     except ImportError as cause:
-        raise DataError(f"--text hf:{name} needs the package datasets; run: pip install datasets") from cause
-    parts = name.split("/")
-    path, configuration = ("/".join(parts[:-1]), parts[-1]) if len(parts) > 1 else (name, None)
+        raise DataError(f"{option} hf:{name} needs the package datasets; run: pip install datasets") from cause
+    path, _, configuration = name.partition(":")
     try:
-        found: Any = datasets.load_dataset(path, configuration)
+        return datasets.load_dataset(path, configuration or None)
     except Exception as cause:  # network, permission, unknown name: the package has many errors
-        raise DataError(f"--text hf:{name} cannot be had ({cause})") from cause
+        raise DataError(f"{option} hf:{name} cannot be had ({cause})") from cause
+
+
+def _hugging_face(name: str) -> dict[str, Text]:
+    found = load_hugging_face("--text", name)
     texts = {}
     for split, names in _SPLITS.items():
         rows = next((found[key] for key in names if key in found), None)

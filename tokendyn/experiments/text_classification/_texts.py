@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokendyn.errors import DataError
-from tokendyn.experiments._text._sources import HUGGING_FACE, read_text
+from tokendyn.experiments._text._sources import HUGGING_FACE, load_hugging_face, read_text
 from tokendyn.experiments.text_classification._config import DataConfig
 
 PADDING, UNKNOWN = 0, 1  # the ids before those of words
@@ -182,15 +182,7 @@ def _labelled(name: str, rows: Iterable[tuple[str, Any]]) -> Labelled:
 
 
 def _hugging_face(name: str) -> dict[str, Labelled]:
-    try:
-        import datasets
-    except ImportError as cause:
-        raise DataError(f"--data hf:{name} needs the package datasets; run: pip install datasets") from cause
-    path, _, configuration = name.partition(":")
-    try:
-        found: Any = datasets.load_dataset(path, configuration or None)
-    except Exception as cause:  # network, permission, unknown name: the package has many errors
-        raise DataError(f"--data hf:{name} cannot be had ({cause})") from cause
+    found = load_hugging_face("--data", name)
     if not set(SPLITS) <= set(found):
         raise DataError(f"--data hf:{name} has the splits {', '.join(found)}; expected train and test")
     return {

@@ -15,7 +15,7 @@ folder. With no argument the preset demo runs on 43 articles of Wikipedia, in mi
   {PROG}
   {PROG} --resume auto
   {PROG} spectrum --text FOLDER --tokenizer-dir FOLDER --zero-shot wiki.test.raw
-  {PROG} table2_positive --text hf:wikitext/wikitext-103-raw-v1 --tokenizer-dir FOLDER
+  {PROG} table2_positive --text hf:Salesforce/wikitext:wikitext-103-raw-v1 --tokenizer-dir FOLDER
   {PROG} demo --arms free no_norm h3 transformer:n_layer=2
 
 {_cli.EXIT_CODES}

@@ -25,7 +25,7 @@ class DataConfig:
     """Text: a folder, a file, a Hugging Face data set, or without one 43 articles of Wikipedia."""
 
     text: str | None = None
-    """Folder with text files named train and valid (and test), one text file, hf:NAME/CONFIGURATION, or random:
+    """Folder with text files named train and valid (and test), one text file, hf:NAME:CONFIGURATION, or random:
     letters drawn at random, which nobody can predict."""
     held_out_part: float = 0.1
     """Part of a single text that is held out, at its end."""

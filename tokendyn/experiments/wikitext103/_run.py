@@ -28,7 +28,7 @@ def _expect_sources(preset: str, data: DataConfig) -> None:
     missing, text = [], data.text
     if text is None:
         if preset != "demo":
-            missing.append("a text: give --text with a folder, a file, or hf:wikitext/wikitext-103-raw-v1")
+            missing.append("a text: give --text with a folder, a file, or hf:Salesforce/wikitext:wikitext-103-raw-v1")
     elif text != RANDOM and not text.startswith(HUGGING_FACE) and not Path(text).exists():
         missing.append(f"a text: --text {text} is no file or folder")
     if data.tokenizer == "gpt2":
