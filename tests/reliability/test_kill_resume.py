@@ -14,7 +14,7 @@ import pytest
 
 from tests.experiments.trees import write_tree
 
-STEPS = 24
+STEPS = 14
 OPTIONS = f"--seeds 0 --steps {STEPS} --batch-size 4 --log-every 2 --evaluate-every 6 --checkpoint-every 2 --threads 1"
 OPTIONS += " --arms baseline published"
 PATIENCE = 120  # seconds until a process that does nothing is a failure
