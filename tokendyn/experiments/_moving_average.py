@@ -19,7 +19,7 @@ class MovingAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self._part = 1 - decay
-        self._pairs: dict[bool, tuple[list[Tensor], list[Tensor]]] | None = None
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # ours and the model's: numbers, then counts
 
     def update_parameters(self, model: nn.Module) -> None:
         self.blend(model)
@@ -28,10 +28,10 @@ class MovingAverage(AveragedModel):
     @torch.no_grad()
     def blend(self, model: nn.Module) -> None:
         """The update without :meth:`count`, which is the host's part."""
-        if self._pairs is None:
+        if not self._pairs:
             ours, theirs = (list(chain(of.parameters(), of.buffers())) for of in (self.module, model))
-            self._pairs = {floating: (_those(ours, floating), _those(theirs, floating)) for floating in (True, False)}
-        numbers, counts = self._pairs[True], self._pairs[False]
+            self._pairs = [(_those(ours, floating), _those(theirs, floating)) for floating in (True, False)]
+        numbers, counts = self._pairs
         if self.n_averaged == 0:
             torch._foreach_copy_(*numbers)  # type: ignore[attr-defined]
         else:
