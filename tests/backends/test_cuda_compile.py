@@ -70,10 +70,7 @@ def test_machine_code_that_is_known_to_be_wrong_is_found(tmp_path):
     assert MISCOMPILED.search(read(compiled((9, 0), source, (), tmp_path), "-sass"))
 
 
-#: The largest on an A100, which has less shared memory; the usual ones on an H100.
-COMPILED = [
-    ((8, 0), "float16, widest, packed"),
-    ((8, 0), "float32, scalar A, short, packed"),
+COMPILED = [((8, 0), variant) for variant in VARIANTS] + [
     ((9, 0), "bfloat16, whole runs"),
     ((9, 0), "bfloat16, scalar A"),
 ]
