@@ -59,6 +59,8 @@ def run(session: nox.Session, *arguments: str, **variables: str) -> None:
     # Threads that wait by sleeping: ten times faster where other work shares the cores; one of them, as tests have
     # a process for each core.
     environment = {"MPLBACKEND": "Agg", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"}
+    # Where it is set (in many containers), each process would compile PyTorch's sources again: 3 s each.
+    environment["PYTHONDONTWRITEBYTECODE"] = ""
     environment |= variables
     session.run(shared_python(session), *arguments, env=environment, external=True)
 
