@@ -49,7 +49,9 @@ def shared_python(session: nox.Session) -> str:
         venv.create(root, with_pip=True)
         # Not compiled: Python does so where a module is loaded, which most of those installed never are.
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-        session.run(*pip, "-c", "constraints.txt", "-e", ".[all]", *GPU_COMPILERS, external=True)
+        pip += ["-c", "constraints.txt"]
+        session.run(*pip, "--upgrade", "pip", external=True)  # Python's own reads indices in three times the time
+        session.run(*pip, "-e", ".[all]", *GPU_COMPILERS, external=True)
         stamp.write_text(wanted)
     return str(python)
 
