@@ -28,6 +28,9 @@ _WHERE = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 GPU_COMPILERS = [f"{name}; {_WHERE}" for name in ("triton", "cuda-bindings", "nvidia-cuda-nvrtc")]
 #: Versions that fit each other.
 VISION = ("torch==2.14.1", "torchvision==0.29.1", "timm==1.0.31")
+#: XLA's newer code generator for CPUs sets up a compiler for each of the dozens of kernels of a program, 25 ms apiece,
+#: which are most of the time of the tests on JAX. tests/equivalence/test_golden.py has it all the same, as users do.
+QUICK_XLA = "--xla_cpu_use_fusion_emitters=false"
 IN_PARALLEL = ("-n", "2", "--dist")
 ELSEWHERE = ("--ignore=tests/equivalence", "--ignore=tests/equivalence_selftest")  # sessions of their own
 
@@ -63,6 +66,8 @@ def run(session: nox.Session, *arguments: str, **variables: str) -> None:
     environment = {"MPLBACKEND": "Agg", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"}
     # Where it is set (in many containers), each process would compile PyTorch's sources again: 3 s each.
     environment["PYTHONDONTWRITEBYTECODE"] = ""
+    if not os.environ.get("TOKENDYN_NOX_ENV"):  # a given environment may hold another XLA, which ends on unknown flags
+        environment["XLA_FLAGS"] = QUICK_XLA
     environment |= variables
     session.run(shared_python(session), *arguments, env=environment, external=True)
 

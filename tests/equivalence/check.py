@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokendyn._dispatch import BACKENDS
 from tokendyn._tolerances import GRADIENT_WORST_TOKEN, HALF_EPS, HALF_FACTOR, tolerance
 
 from .compare import Bound, Errors, Mismatch, Outcome, compare, normwise, worst_token
-from .frameworks import FRAMEWORKS, Implementation, as_tuple, implementation_of, rounded
+from .frameworks import FRAMEWORKS, Framework, Implementation, as_tuple, implementation_of, rounded
 from .subjects import SUBJECTS, Subject
 
 #: Arguments that may stay in float32 beside half-precision activations, as a trained model keeps them.
@@ -173,9 +173,10 @@ def compare_all(
     want: Reference,
     *,
     strided: bool = False,
+    frameworks: Mapping[str, Framework] = FRAMEWORKS,
 ) -> list[Measured]:
     """Run ``implementation`` on the arguments of ``want`` and compare all that it has to say."""
-    framework = FRAMEWORKS[backend]
+    framework = frameworks[backend]
     arguments = {
         name: framework.array(value, want.dtypes.get(name), strided=strided) if isinstance(value, np.ndarray) else value
         for name, value in want.arguments.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,9 +141,15 @@ def _torch_values(tensor: Any) -> np.ndarray:
 
 
 class Jax:
-    """JAX arrays; ``jax.vjp``. The whole call is compiled, as a user's would be."""
+    """JAX arrays; ``jax.vjp``. Values and gradients are compiled as one, once for all arguments of the same shapes.
+
+    ``compiler_options`` go to XLA.
+    """
 
     name = "jax"
+
+    def __init__(self, **compiler_options: Any) -> None:
+        self._compiler_options = tuple(compiler_options.items())
 
     def array(self, values: np.ndarray, dtype: str | None, *, strided: bool) -> Any:
         del strided  # JAX arrays have no strides
@@ -156,27 +163,40 @@ class Jax:
         cotangents: Sequence[np.ndarray] | None,
     ) -> tuple[tuple[Outcome, ...], dict[str, Outcome | None]]:
         import jax
-        import jax.numpy as jnp
 
         varied = {name: arguments[name] for name in wrt}
-        fixed = {name: value for name, value in arguments.items() if name not in varied}
+        fixed = {name: v for name, v in arguments.items() if isinstance(v, jax.Array) and name not in varied}
+        options = tuple((name, v) for name, v in arguments.items() if not isinstance(v, jax.Array))
+        call = _compiled(implementation.call, options, self._compiler_options)
+        outputs, found = call(varied, fixed, None if cotangents is None else tuple(cotangents))
+        return tuple(_outcome(output, np.asarray(output)) for output in outputs), {
+            name: _outcome(gradient, np.asarray(gradient)) for name, gradient in found.items()
+        }
 
-        def call(varied: dict[str, Any]) -> tuple[Any, Any]:
-            outputs = as_tuple(implementation.call(**fixed, **varied))
-            real = tuple(jnp.stack([o.real, o.imag], -1) if jnp.iscomplexobj(o) else o for o in outputs)
-            return real, outputs
+
+@functools.cache
+def _compiled(
+    call: Callable[..., Any], options: tuple[tuple[str, Any], ...], compiler_options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """``(varied, fixed, cotangents)`` -> the outputs of ``call``, its gradients with respect to ``varied``."""
+    import jax
+    import jax.numpy as jnp
+
+    def run(
+        varied: dict[str, Any], fixed: dict[str, Any], cotangents: tuple[Any, ...] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def real_and_all(varied: dict[str, Any]) -> tuple[Any, Any]:
+            outputs = as_tuple(call(**fixed, **varied, **dict(options)))
+            return tuple(jnp.stack([o.real, o.imag], -1) if jnp.iscomplexobj(o) else o for o in outputs), outputs
 
         if cotangents is None:
-            outputs = as_tuple(implementation.call(**arguments))
-            return tuple(_outcome(output, np.asarray(output)) for output in outputs), {}
-        real, pull, outputs = jax.vjp(call, varied, has_aux=True)
+            return real_and_all(varied)[1], {}
+        real, pull, outputs = jax.vjp(real_and_all, varied, has_aux=True)
         if len(cotangents) != len(outputs):
-            return tuple(_outcome(output, np.asarray(output)) for output in outputs), {}
-        seeds = tuple(jnp.asarray(g, o.dtype) for g, o in zip(cotangents, real, strict=True))
-        found = pull(seeds)[0]
-        return tuple(_outcome(output, np.asarray(output)) for output in outputs), {
-            name: _outcome(found[name], np.asarray(found[name])) for name in wrt
-        }
+            return outputs, {}
+        return outputs, pull(tuple(g.astype(o.dtype) for g, o in zip(cotangents, real, strict=True)))[0]
+
+    return jax.jit(run, compiler_options=dict(compiler_options) or None)
 
 
 def _outcome(array: Any, values: np.ndarray) -> Outcome:

@@ -12,6 +12,9 @@ from .frameworks import FRAMEWORKS
 from .record import Record
 from .subjects import SUBJECTS
 
+#: Compiled with all optimisations, and less often: test_golden.py.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RUNS = [
     pytest.param(case, backend, dtype, id=f"{case.id}-{backend}-{dtype}")
     for case in CASES

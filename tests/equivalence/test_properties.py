@@ -16,7 +16,10 @@ from tokendyn._tolerances import tolerance
 
 from .compare import normwise
 
-pytestmark = pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+pytestmark = [
+    pytest.mark.parametrize("backend", ["numpy", "torch", "jax"]),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 VALUES = tolerance("selective_scan", "float64").values
 SIZES = st.sampled_from([{"batch": 1, "channels": 2, "state": 1}, {"batch": 2, "channels": 4, "state": 3}])
