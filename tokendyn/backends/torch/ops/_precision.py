@@ -23,6 +23,10 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # some versions of torch.compile cannot look into it, and cut the graph there
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
+
+
+# Some versions of torch.compile cannot look into it, and would cut the graph there. This is all that
+# torch.compiler.assume_constant_result does but load the compiler, which takes longer than the rest of the package.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
