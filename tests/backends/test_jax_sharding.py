@@ -77,7 +77,7 @@ def test_two_devices_compute_what_one_does() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
     environment |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(
