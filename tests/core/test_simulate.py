@@ -369,6 +369,7 @@ def test_parameters_of_a_framework_beside_plain_tokens() -> None:
         tokendyn.simulate(mu=torch.tensor(1.0), s_delta=0.7, a=1.0, x0=[0.3, 1.2], t_end=1.0)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_frameworks_agree_and_differentiate(backend: str) -> None:
     framework = pytest.importorskip(backend)
@@ -397,6 +398,7 @@ def test_frameworks_agree_and_differentiate(backend: str) -> None:
     assert float(gradient) == pytest.approx(difference.sum(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_frameworks_on_the_sphere(backend: str) -> None:
     pytest.importorskip({"torch": "torchdiffeq", "jax": "diffrax"}[backend])
@@ -411,6 +413,7 @@ def test_frameworks_on_the_sphere(backend: str) -> None:
     np.testing.assert_allclose(np.asarray(tokens), expected, atol=1e-8)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_frameworks_say_that_a_token_blows_up(backend: str) -> None:
     framework = pytest.importorskip(backend)

@@ -94,6 +94,7 @@ def test_torchdiffeq_differentiates_through_it(model: str) -> None:
     assert float(derivative) == pytest.approx(expected_derivative(model), rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_diffrax_differentiates_through_them() -> None:
     """As one state, which is compiled once, each with a scale of its own; one model of every kind of scan."""
     jax = pytest.importorskip("jax")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,6 +22,8 @@ from tokendyn.experiments.imagenet import _jax as study
 from tokendyn.experiments.imagenet import _task
 from tokendyn.experiments.imagenet import jax as jax_command
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_updates_are_those_of_the_torch_trainer() -> None:
     """Clipping, warm-up and decay, and which parameters decay: four updates with gradients given."""
@@ -31,6 +34,12 @@ def test_updates_are_those_of_the_torch_trainer() -> None:
     optimizer = study.make_optimizer(config, 4)
     params = nnx.state(theirs, nnx.Param)
     state = optimizer.init(params)
+
+    @jax.jit
+    def updated(params: nnx.State, state: optax.OptState, gradients: nnx.State) -> tuple[nnx.State, optax.OptState]:
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
     rng = np.random.default_rng(0)
     for step in range(4):
         gradients = {name: rng.normal(size=p.shape).astype(np.float32) for name, p in mine.named_parameters()}
@@ -42,8 +51,7 @@ def test_updates_are_those_of_the_torch_trainer() -> None:
         torch_optimizer.step()
         flat = nnx.to_flat_state(params)
         given = nnx.from_flat_state([(p, v.replace(jnp.asarray(gradients[".".join(p)]))) for p, v in flat])
-        updates, state = optimizer.update(given, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = updated(params, state, given)
     nnx.update(theirs, params)
     for name, value in tj.state_dict(theirs).items():
         np.testing.assert_allclose(value, mine.state_dict()[name].numpy(), rtol=2e-5, atol=2e-6, err_msg=name)
