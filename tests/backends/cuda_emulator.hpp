@@ -129,13 +129,34 @@ template <typename T>
 static void forget(T&) {}
 template <typename T>
 static void hold(T*&) {}
-static unsigned load_one(const void* p) { return *(const unsigned*)p; }
+static void keep(int&) {}
 static uint2 load_two(const void* p) { return *(const uint2*)p; }
 static uint4 load_four(const void* p) { return *(const uint4*)p; }
 static void await_flag(const unsigned* p, unsigned value) { if (*p != value) abort(); }
 static void copies_done() {}
 template <int WORDS>
 static void copy(unsigned* to, const void* from) { memcpy(to, from, 4 * WORDS); }
+static void load_turned(unsigned (&words)[4], const unsigned* row) {
+    static const unsigned* rows[fibres::count];
+    unsigned self = threadIdx.x, warp = self / 32 * 32, column = self % 32 / 4, first = self % 4 * 2;
+    rows[self] = row;
+    wait_warp();
+    for (int m = 0; m < 4; m++) {
+        auto element = [&](int r) { return (unsigned)((const unsigned short*)rows[warp + 8 * m + r])[column]; };
+        words[m] = element(first) | element(first + 1) << 16;
+    }
+    wait_warp();
+}
+static unsigned turn_matrix(unsigned word) {
+    static unsigned given[fibres::count];
+    unsigned self = threadIdx.x, warp = self / 32 * 32, column = self % 32 / 4, first = self % 4 * 2;
+    given[self] = word;
+    wait_warp();
+    auto element = [&](int row) { return given[warp + 4 * row + column / 2] >> 16 * (column % 2) & 0xffffu; };
+    unsigned turned = element(first) | element(first + 1) << 16;
+    wait_warp();
+    return turned;
+}
 static void write_flag(unsigned* p, unsigned value) { *p = value; }
 
 static unsigned short to_bfloat16(float x) {

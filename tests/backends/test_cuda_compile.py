@@ -26,12 +26,13 @@ except Exception as reason:  # cuda-bindings raises what its loader finds missin
 #: An A100's, less what the driver keeps.
 SHARED = 163 * 1024
 MOST_STACK = 1024
-#: Scalar A, length, N; then element, gated, packed, owner of elements.
+#: Scalar A, length, N; then element, gated, packed, owner of elements, runs of tokens.
 VARIANTS = {
-    "bfloat16, whole runs": (False, 2048, 16, 1, False, False, 0),
-    "float16, widest, packed": (False, 2048, 32, 2, True, True, 2),
-    "bfloat16, scalar A": (True, 2048, 16, 1, False, False, 0),
-    "float32, scalar A, short, packed": (True, 49, 8, 0, True, True, 1),
+    "bfloat16, whole runs": (False, 2048, 16, 1, False, False, 0, (8, 8)),
+    "float16, widest, packed": (False, 2048, 32, 2, True, True, 2, (0, 4)),
+    "bfloat16, scalar A": (True, 2048, 16, 1, False, False, 0, (4, 4)),
+    "bfloat16, scalar A, channels last": (True, 2048, 16, 1, False, False, 2, (0, 4)),
+    "float32, scalar A, short, packed": (True, 49, 8, 0, True, True, 1, (0, 0)),
 }
 
 
@@ -73,6 +74,7 @@ def test_machine_code_that_is_known_to_be_wrong_is_found(tmp_path):
 COMPILED = [((8, 0), variant) for variant in VARIANTS] + [
     ((9, 0), "bfloat16, whole runs"),
     ((9, 0), "bfloat16, scalar A"),
+    ((9, 0), "bfloat16, scalar A, channels last"),
 ]
 
 

@@ -26,12 +26,23 @@ GPU_SIZES = {
     "channels last": {"b": 2, "d": 256, "L": 600, "N": 16, "last": True},
     "scalar A": {"b": 2, "d": 256, "L": 1024, "N": 16, "scalar": True},
     "scalar A, odd": {"b": 2, "d": 200, "L": 777, "N": 9, "G": 2, "packed": True, "padded": True, "scalar": True},
-    "scalar A, channels last": {"b": 2, "d": 250, "L": 600, "N": 16, "last": True, "scalar": True},
+    "half runs": {"b": 8, "d": 160, "L": 196, "N": 8},
+    "scalar A, channels last": {"b": 2, "d": 248, "L": 600, "N": 16, "last": True, "scalar": True},
+    "scalar A, odd channels last": {"b": 2, "d": 250, "L": 601, "N": 16, "last": True, "scalar": True},
     "scalar A, short": {"b": 64, "d": 160, "L": 49, "N": 8, "scalar": True},
     "scalar A, one long sequence": {"b": 1, "d": 64, "L": 5000, "N": 32, "scalar": True},
     "scalar A, decays of all sizes": {"b": 2, "d": 128, "L": 500, "N": 16, "scalar": True, "scale": 8.0},
     "scalar A, huge steps": {"b": 2, "d": 128, "L": 500, "N": 16, "scalar": True, "scale": 1e3},
+    "scalar A, large steps": {"b": 2, "d": 128, "L": 500, "N": 16, "scalar": True, "scale": 3e2},
 }
+#: A gradient of z is 78,252 there.
+BEYOND_FLOAT16 = ("scalar A, huge steps",)
+REAL_SIZES = [
+    (name, dtype)
+    for name in GPU_SIZES
+    for dtype in ("float32", "bfloat16", "float16")
+    if dtype != "float16" or name not in BEYOND_FLOAT16
+]
 
 
 def run_by(engine, state):
@@ -41,8 +52,7 @@ def run_by(engine, state):
     return {"cuda": _scan_cuda.run, "triton": _scan_triton.run}[engine]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", GPU_SIZES)
+@pytest.mark.parametrize(("name", "dtype"), REAL_SIZES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_real_sizes(engine, name, dtype):
     dtype, options = getattr(torch, dtype), dict(GPU_SIZES[name])

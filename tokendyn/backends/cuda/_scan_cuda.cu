@@ -8,8 +8,9 @@
 // true state (`segment_coends`, `join_segments`, `gradients` backward). The backward pass recomputes states from those
 // kept every KEPT chunks. Nothing is added atomically: the same input gives the same bits.
 //
-// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, and OWNER, how the elements of a stage are dealt to
-// threads for loading: eight side by side along tokens, along channels, or SINGLE ones.
+// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, OWNER, how the elements of a stage are dealt to
+// threads for loading: eight side by side along tokens, along channels, or SINGLE ones; RUN and MATRIX_RUN, of how many of
+// eight tokens of an activation, and of B and C, a word can be made.
 
 #define WARPS 4
 #define ROWS (THREADS / QUADS)
@@ -28,7 +29,6 @@
 #define SUM_PITCH 36
 #define SUMS (2 * TILE * SUM_PITCH)  // floats of a warp's sums of dB and dC over one tile
 
-#define FOURS (ELEMENT == 0 ? 2 : 1)  // words of 16 bytes in eight elements
 
 // Adds the first token's dB and dC, and the second's, over the four lanes of every column (lane / 4): to d[0..1] and
 // d[2..3] of the lanes whose tokens, 2 (lane % 4) and the next, `first` and `second` select by a 1 in that column.
@@ -38,7 +38,7 @@ __device__ __forceinline__ void add_over_channels(float (&d)[4], float dB0, floa
 
 // Eight elements of one thread.
 struct Eight {
-    unsigned words[4 * FOURS];
+    unsigned words[ELEMENT == 0 ? 8 : 4];
     __device__ __forceinline__ float operator[](int i) const {
 #if ELEMENT == 0
         return __uint_as_float(words[i]);
@@ -97,15 +97,29 @@ __device__ __forceinline__ int place(int row, int t) {
     return row * (STAGE + 4) + ((t + SHIFT * (row >> 3)) & (STAGE - 1));
 }
 
-// Eight elements `stride` apart, as one 16-byte word (two in float32) where they lie so; 0 from the `count`-th on.
+// Whether words are of four elements; then half of an eight may exist.
+#define HALVES(run) (ELEMENT == 0 || (run) == 4)
+
+// Eight elements `stride` apart, as words where they lie so; 0 from the `count`-th on.
+template <int WORD>
 __device__ __forceinline__ Eight load_eight(const element* from, i64 stride, bool side_by_side, int count) {
     Eight got;
-    if (side_by_side && count >= 8) {
-#pragma unroll
-        for (int k = 0; k < FOURS; k++) {
-            uint4 v = ((const uint4*)from)[k];
-            got.words[4 * k] = v.x, got.words[4 * k + 1] = v.y, got.words[4 * k + 2] = v.z, got.words[4 * k + 3] = v.w;
+    if (side_by_side && (count >= 8 || (HALVES(WORD) && count == 4))) {
+#if ELEMENT == 0
+        uint4 v = ((const uint4*)from)[0], w = make_uint4(0u, 0u, 0u, 0u);
+        if (count >= 8) w = ((const uint4*)from)[1];
+        got.words[0] = v.x, got.words[1] = v.y, got.words[2] = v.z, got.words[3] = v.w;
+        got.words[4] = w.x, got.words[5] = w.y, got.words[6] = w.z, got.words[7] = w.w;
+#else
+        if (HALVES(WORD)) {
+            uint2 v = ((const uint2*)from)[0], w = make_uint2(0u, 0u);
+            if (count >= 8) w = ((const uint2*)from)[1];
+            got.words[0] = v.x, got.words[1] = v.y, got.words[2] = w.x, got.words[3] = w.y;
+        } else {
+            uint4 v = *(const uint4*)from;
+            got.words[0] = v.x, got.words[1] = v.y, got.words[2] = v.z, got.words[3] = v.w;
         }
+#endif
     } else {
         element single[8];
 #pragma unroll
@@ -138,15 +152,21 @@ struct View {
 #endif
     }
     __device__ __forceinline__ Eight load(int start, int rows, int length) const {
-        return load_eight(first + start * token, step, runs, count(start, rows, length));
+        return load_eight<RUN>(first + start * token, step, runs, count(start, rows, length));
     }
     __device__ __forceinline__ void store(const Eight& values, int start, int rows, int length) const {
         element* to = first + start * token;
         int existing = count(start, rows, length);
-        if (runs && existing >= 8) {
-#pragma unroll
-            for (int k = 0; k < FOURS; k++)
-                ((uint4*)to)[k] = make_uint4(values.words[4 * k], values.words[4 * k + 1], values.words[4 * k + 2], values.words[4 * k + 3]);
+        if (runs && (existing >= 8 || (HALVES(RUN) && existing == 4))) {
+#if ELEMENT == 0
+            ((uint4*)to)[0] = make_uint4(values.words[0], values.words[1], values.words[2], values.words[3]);
+            if (existing >= 8) ((uint4*)to)[1] = make_uint4(values.words[4], values.words[5], values.words[6], values.words[7]);
+#elif HALVES(RUN)
+            ((uint2*)to)[0] = make_uint2(values.words[0], values.words[1]);
+            if (existing >= 8) ((uint2*)to)[1] = make_uint2(values.words[2], values.words[3]);
+#else
+            *(uint4*)to = make_uint4(values.words[0], values.words[1], values.words[2], values.words[3]);
+#endif
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++)
@@ -253,7 +273,7 @@ struct Matrices {
             i64 stride_n = is_C ? p.C_n : p.B_n, stride_l = is_C ? p.C_l : p.B_l;
             const element* from = (const element*)base + block.batch * stride_b + block.group * stride_g + n * stride_n + t * stride_l;
             bool needed = n < p.state && index < (WITH_B + WITH_C) * runs;
-            own[i] = load_eight(from, stride_l, p.matrix_runs, needed ? (int)p.length - t : 0);
+            own[i] = load_eight<MATRIX_RUN>(from, stride_l, p.matrix_runs, needed ? (int)p.length - t : 0);
         }
     }
     __device__ __forceinline__ void deal(float* B, float* C, const Block& block, int start) const {

@@ -34,15 +34,11 @@ __device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, 
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-// Hides from the compiler where a pointer came from, so that it is not made again wherever it is used.
+// Hide from the compiler where a pointer or a number came from, so that it is not made again wherever it is used.
 template <typename T>
 __device__ __forceinline__ void hold(T*& pointer) { asm("" : "+l"(pointer)); }
+__device__ __forceinline__ void keep(int& number) { asm("" : "+r"(number)); }
 // Words of an input, whose whole line is brought to the L2 cache: other warps and the next tile want the rest of it.
-__device__ __forceinline__ unsigned load_one(const void* p) {
-    unsigned v;
-    asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
 __device__ __forceinline__ uint2 load_two(const void* p) {
     uint2 v;
     asm("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
@@ -61,15 +57,41 @@ __device__ __forceinline__ void await_flag(const unsigned* p, unsigned value) {
     while (v != value);
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
 }
-// Copies words to shared memory, past registers; whole lines to the L2 cache. `copies_done` waits for a thread's own.
-template <int WORDS>
-__device__ __forceinline__ void copy(unsigned* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(4 * WORDS) : "memory");
-}
-__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void write_flag(unsigned* p, unsigned v) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+// Copies words to shared memory, past registers; whole lines to the L2 cache. What nobody else wants passes the L1 cache.
+// `copies_done` waits for a thread's own.
+template <int WORDS>
+__device__ __forceinline__ void copy(unsigned* to, const void* from) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    if (WORDS == 4)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(4 * WORDS) : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Four matrices of 8 x 8 elements of 16 bits, turned: lane 8m + r says where row r of matrix m lies, and of m gets from its
+// column lane / 4 the rows 2 (lane % 4) and 2 (lane % 4) + 1.
+__device__ __forceinline__ void load_turned(unsigned (&words)[4], const unsigned* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
+}
+// One such matrix between lanes, which hold of its row lane / 4 the elements 2 (lane % 4) and 2 (lane % 4) + 1.
+__device__ __forceinline__ unsigned turn_matrix(unsigned word) {
+    unsigned turned;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(word));
+    return turned;
+}
+#if __CUDA_ARCH__ >= 900
+// Four such matrices to shared memory, turned: lane 8m + r says where row r of matrix m is to lie.
+#define MATRIX_STORES
+__device__ __forceinline__ void store_turned(unsigned* row, const unsigned (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"((unsigned)__cvta_generic_to_shared(row)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+}
+#endif
 #endif
 
 // The bits of a float32 that TF32 keeps.

@@ -60,12 +60,17 @@ class Layout:
     tiles: int
     segments: int
     segment_tokens: int
-    #: Elements that a thread loads as one word along tokens, and along channels.
-    token_run: int
+    #: Elements that a thread can load as one word along tokens, best first, and along channels.
+    token_runs: tuple[int, ...]
     channel_run: int
 
-    def options(self, element: int, gated: bool, packed: bool, owner: int, narrow: bool = False) -> tuple[str, ...]:
-        """The compiler's options of a variant. With ``narrow`` the scalar kernels keep states in bfloat16."""
+    def options(
+        self, element: int, gated: bool, packed: bool, owner: int, runs: tuple[int, int], narrow: bool = False
+    ) -> tuple[str, ...]:
+        """The compiler's options of a variant. With ``narrow`` the scalar kernels keep states in bfloat16.
+
+        ``runs``: tokens of an activation, and of B and C, that can be loaded as one word; 0 if single ones alone.
+        """
         chosen = {"ELEMENT": element, "THREADS": self.threads, "STATE": self.padded, "GATED": int(gated)}
         chosen |= {"PACKED": int(packed), "OWNER": owner}
         chosen["FORWARD_BYTES"], chosen["BACKWARD_BYTES"] = self.shared_bytes(gated, 1)
@@ -73,6 +78,7 @@ class Layout:
             chosen["NARROW"] = int(narrow)
         else:
             chosen |= {"QUADS": self.padded // 4, "KEPT": self.kept}
+            chosen |= {name: run or self.token_runs[0] for name, run in zip(("RUN", "MATRIX_RUN"), runs, strict=True)}
         return tuple(f"-D{name}={value}" for name, value in chosen.items())
 
     @property
@@ -158,7 +164,7 @@ def layout(
     fit = processors * fill // (batch * groups * tiles)
     segment = -(-chunks // max(1, min(fit, chunks)))
     segments = -(-chunks // segment)
-    return Layout("general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * chunk, 8, 8)
+    return Layout("general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * chunk, (8, 4), 8)
 
 
 def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: int) -> Layout:
@@ -183,4 +189,4 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: in
             choices += [(most, chunks), (most, -(-chunks // segments))]
     most, segment = min(choices, key=cost)
     along, segments = -(-tiles // most), -(-chunks // segment)
-    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, segment * chunk, 4, 2)
+    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, segment * chunk, (4,), 8)

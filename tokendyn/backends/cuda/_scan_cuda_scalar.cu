@@ -28,8 +28,9 @@ struct Rows {
 };
 __device__ __forceinline__ void load_rows(Rows& rows, const Args& p, const Block& block) {
     for (int row = threadIdx.x; row < MOST_TILES * ROWS; row += THREADS) {
-        bool exists = row < block.rows;
-        i64 at = block.channel + row;
+        int channel = row / ROWS * ROWS + channel_at(row % ROWS);
+        bool exists = channel < block.rows;
+        i64 at = block.channel + channel;
         rows.bias[row] = exists && p.bias ? ((const float*)p.bias)[at] : 0.0f;
         rows.A[row] = exists ? ((const float*)p.A)[at] : 0.0f;
         rows.rate[row] = -rows.A[row] * LOG2E;
@@ -173,12 +174,12 @@ __device__ __forceinline__ float2 of_rows(const float* array, int tile) {
     return *(const float2*)(array + tile * ROWS + threadIdx.x % 32 / 4 * 2);
 }
 
-#define COPIES (ELEMENT == 0)  // whether the next tile's inputs come by way of shared memory: in float32 registers are scarce
+#define COPIES (ELEMENT == 0 || PIECES)  // whether the next tile's inputs come by way of shared memory: in float32 registers are scarce
 #define FORWARD_SCRATCH (STATE * MATRIX_PITCH > SQUARE ? STATE * MATRIX_PITCH : SQUARE)
 struct ForwardShared {
     struct {
         float states[ENTRIES], scratch[FORWARD_SCRATCH], M[CHUNK * MATRIX_PITCH];
-        unsigned inputs[2][2][32 * 8];  // u and delta of a tile, and of the one that is on its way
+        unsigned inputs[2][2][32 * 8];  // u and delta of a tile, and of the one that is on its way; PIECES leave half of each free
     } of[WARPS];  // each warp's own; states are joined by all threads
     float carry[MOST_TILES][ENTRIES], across[MOST_TILES][ENTRIES];
     float decays[ROWS][WARPS];
@@ -269,6 +270,8 @@ __device__ __forceinline__ void forward(const Args& p) {
     int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
+    Places places;
+    unsigned *pieces_y = own.inputs[0][0] + 128, *pieces_z = own.inputs[0][1] + 128;
     load_rows(shared.rows, p, block);
     if (OUTPUTS)
         begin_states([&](int tile) { return shared.carry[tile]; }, p, block, p.first_state, block.segment);
@@ -283,7 +286,7 @@ __device__ __forceinline__ void forward(const Args& p) {
     Eight next_u, next_delta;
     auto fetch = [&](int tile, int start) {
         if (COPIES)
-            view_u.fetch(own.inputs[buffer][0], block, tile, start), view_delta.fetch(own.inputs[buffer][1], block, tile, start);
+            view_u.fetch(own.inputs[buffer][0], places, block, tile, start), view_delta.fetch(own.inputs[buffer][1], places, block, tile, start);
         else
             next_u = view_u.load(block, tile, start), next_delta = view_delta.load(block, tile, start);
     };
@@ -314,8 +317,8 @@ __device__ __forceinline__ void forward(const Args& p) {
             const auto& inputs = own.inputs[buffer];
             Eight own_u = next_u, own_delta = next_delta, own_z;
             if (COPIES) {
-                copies_done();
-                own_u.read(inputs[0]), own_delta.read(inputs[1]);
+                fetched();
+                own_u.read(inputs[0], places), own_delta.read(inputs[1], places);
             }
             Tokens u;
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
@@ -379,14 +382,17 @@ __device__ __forceinline__ void forward(const Args& p) {
                 out.each([&](float& v, int h, int i) { v = (together(resets, -1, 4 * q + i) ? v * factor.v[h][i] : 0.0f) + inside.v[h][i]; });
             }
             float2 D = of_rows(shared.rows.D, tile);
-            if (COPIES) own_u.read(inputs[0]);  // again, so that no registers keep it
+            if (COPIES && !PIECES) own_u.read(inputs[0], places);  // again, so that no registers keep it
             out.each([&](float& v, int h, int i) { v = fmaf(h ? D.y : D.x, COPIES ? own_u.get(h, i) : u.v[h][i], v); });
-            if (p.z) out.each([&](float& v, int h, int i) { v *= own_z.get(h, i) * sigmoid(own_z.get(h, i)); });
+            if (p.z) {
+                own_z.deal(pieces_z, places);
+                out.each([&](float& v, int h, int i) { v *= own_z.get(h, i) * sigmoid(own_z.get(h, i)); });
+            }
             if (block.stop - start < CHUNK)
                 out.each([&](float& v, int h, int i) {
                     if (4 * q + i >= block.stop - start) v = 0.0f;
                 });
-            view_y.store(out, block, tile, start), view_y.advance(ways);
+            view_y.store(out, block, tile, start, pieces_y, places), view_y.advance(ways);
         }
     }
     if (!OUTPUTS)

@@ -31,6 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     VIEW(1, delta, span, -SPAN);
     VIEW(2, z, span, -SPAN);
     Eight next_dy = view_dy.load(block, 0, start), next_delta = view_delta.load(block, 0, start), own_z;
+    Places places;
+    unsigned *pieces_dy = own.inputs[0][0], *pieces_delta = own.inputs[0][1], *pieces_z = own.inputs[1][0];
     Matrix C = MATRIX(C);
     C.load(p, span);
     __syncthreads();
@@ -46,7 +48,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
             const auto& ways = shared.ways.by[done];
 #if GATED
             own_z = view_z.load(block, tile, start), view_z.advance(ways);
+            own_z.deal(pieces_z, places);
 #endif
+            next_dy.deal(pieces_dy, places), next_delta.deal(pieces_delta, places);
             load_gradient(dout, block, next_dy, own_z, start);
             Steps steps(p, block, shared.rows, next_delta, dout, tile, start);
             view_dy.advance(ways), view_delta.advance(ways);
@@ -78,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
     end_segment(shared.carry, shared.across, p, block);
 }
 
-#define BACKWARD_SCRATCH 512  // floats a warp: a walk's, a tile or G that is turned
+#define BACKWARD_SCRATCH 512  // floats a warp: a walk's, a tile or G that is turned, three tiles in PIECES
 static_assert(BACKWARD_SCRATCH >= 2 * SQUARE && 2 * ENTRIES >= SQUARE && BACKWARD_SCRATCH >= TURNED, "");
 #define BUFFERS (ELEMENT == 0 ? 1 : 2)  // 2: a tile's inputs are on their way while the one before is worked on; in float32 there is no space
 struct BackwardShared {
@@ -146,6 +150,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
     int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
+    unsigned* pieces = (unsigned*)scratch;
+    Places places;
     load_rows(shared.rows, p, block);
     begin_states([&](int tile) { return shared.tiles[tile].carry; }, p, block, p.last_gradient, block.segment + 1);
     for (int i = threadIdx.x; i < block.tiles * 3 * WARPS * ROWS; i += THREADS) (&shared.tiles[i / (3 * WARPS * ROWS)].sums[0][0][0])[i % (3 * WARPS * ROWS)] = 0.0f;
@@ -166,9 +172,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         auto& inputs = own.inputs[buffer];
 #if OWNER == SINGLE  // all on their way before one is waited for
         Eight u = view_u.load_singly(block, tile, start), delta = view_delta.load_singly(block, tile, start), dy = view_dy.load_singly(block, tile, start);
-        u.write(inputs[0]), delta.write(inputs[1]), dy.write(inputs[2]);
+        u.write(inputs[0], places), delta.write(inputs[1], places), dy.write(inputs[2], places);
 #else
-        view_u.fetch(inputs[0], block, tile, start), view_delta.fetch(inputs[1], block, tile, start), view_dy.fetch(inputs[2], block, tile, start);
+        view_u.fetch(inputs[0], places, block, tile, start), view_delta.fetch(inputs[1], places, block, tile, start), view_dy.fetch(inputs[2], places, block, tile, start);
 #endif
     };
     auto fetch_next = [&](int tile) {
@@ -217,11 +223,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             }
             Eight own_u, own_delta, own_dy, own_z;
             const auto& inputs = own.inputs[buffer];
-            copies_done();
-            own_u.read(inputs[0]), own_delta.read(inputs[1]), own_dy.read(inputs[2]);
+            fetched();
+            own_u.read(inputs[0], places), own_delta.read(inputs[1], places), own_dy.read(inputs[2], places);
             if (BUFFERS == 2) fetch_next(tile);
 #if GATED
             own_z = view_z.load(block, tile, start), view_z.advance(ways);
+            own_z.deal(pieces, places);
 #endif
             Tokens u, dout;
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
@@ -343,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
             float2 D = of_rows(shared.rows.D, tile), A = of_rows(shared.rows.A, tile), bias = of_rows(shared.rows.bias, tile);
             float4 four = *(const float4*)(own.diagonal + 4 * q);
             float diagonal[4] = {four.x, four.y, four.z, four.w};
-            own_u.read(inputs[0]), own_delta.read(inputs[1]), own_dy.read(inputs[2]);  // again, so that no registers keep them
+            own_u.read(inputs[0], places), own_delta.read(inputs[1], places), own_dy.read(inputs[2], places);  // again, so that no registers keep them
             if (BUFFERS == 1) fetch_next(tile);
             u.each([&](float& v, int h, int i) { v = own_u.get(h, i); });
             load_gradient(dout, block, own_dy, own_z, start);
@@ -378,10 +385,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                     if (i >= valid) v = dx.v[h][i] = y.v[h][i] = 0.0f;
                 });
             F.each([&](float& v, int h, int i) { sums[h][2] += v; });
-            view_du.store(dx, block, tile, start), view_du.advance(ways);
-            view_ddelta.store(F, block, tile, start), view_ddelta.advance(ways);
+            view_du.store(dx, block, tile, start, pieces, places), view_du.advance(ways);
+            view_ddelta.store(F, block, tile, start, pieces + 128, places), view_ddelta.advance(ways);
 #if GATED
-            view_dz.store(y, block, tile, start), view_dz.advance(ways);
+            view_dz.store(y, block, tile, start, pieces + 256, places), view_dz.advance(ways);
 #endif
 #pragma unroll
             for (int which = 0; which < 3; which++) {  // lanes with odd q take the second channel
@@ -429,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
         int which = i / block.rows, row = i % block.rows;
         i64 target = which == 0 ? p.dA : which == 1 ? p.dD : p.dbias;
         float sum = 0.0f;
-        for (int w = 0; w < WARPS; w++) sum += shared.tiles[row / ROWS].sums[which][w][row % ROWS];
+        for (int w = 0; w < WARPS; w++) sum += shared.tiles[row / ROWS].sums[which][w][place_of(row % ROWS)];
         if (target) ((float*)target)[at + row] = sum;
     }
 }

@@ -6,7 +6,8 @@
 // because the order of the summed index is free. So no result is moved between lanes before it enters the next product.
 //
 // Compiled at run time with the common text's options, NARROW (states are kept in bfloat16) and OWNER, how a lane's eight elements are loaded: by runs of tokens,
-// by pairs of channels, or SINGLE ones.
+// by runs of channels, or SINGLE ones. Runs of channels in 16 bits are PIECES: a lane loads eight channels of one token, and
+// the warp turns the tile by way of shared memory. Channels g and g + 8 are then a lane's own.
 
 #define WARPS (THREADS / 32)
 #define CHUNK 16
@@ -16,8 +17,9 @@
 #define TOKEN_RUNS 0
 #define SINGLE 1
 #define CHANNEL_RUNS 2
+#define PIECES (OWNER == CHANNEL_RUNS && ELEMENT != 0)
 #define WORDS (ELEMENT == 0 ? 8 : 4)  // of a lane's eight elements
-#define PIECE (OWNER == CHANNEL_RUNS ? WORDS / 4 : WORDS / 2)  // words that lie side by side
+#define PIECE (PIECES ? 4 : OWNER == CHANNEL_RUNS ? WORDS / 4 : WORDS / 2)  // words that lie side by side
 #define MATRIX_WORDS (ELEMENT == 0 ? 4 : 2)
 #define TURNED (ROWS * CHUNK + 16)
 #define MATRIX_PITCH (CHUNK + 4)
@@ -203,6 +205,29 @@ __device__ __forceinline__ Kept to_kept(float x) { return x; }
 __device__ __forceinline__ float from_kept(Kept x) { return x; }
 #endif
 
+// Where the number of a channel stands among those of its tile: a lane's two at 2g and 2g + 1; and which channel's stands there.
+__device__ __forceinline__ int place_of(int channel) { return PIECES ? channel % 8 * 2 + channel / 8 : channel; }
+__device__ __forceinline__ int channel_at(int place) { return PIECES ? place / 2 + place % 2 * 8 : place; }
+
+// In shared memory a tile of pieces is four matrices of 8 tokens x 8 channels, a token of 16 bytes after the other, so that
+// neither a quarter of a warp with its pieces nor the eight rows of a matrix meet in a bank: places of such rows. Token 4k + 2a + c
+// of 8-channel half b is row 2k + c of matrix 2b + a.
+__device__ __forceinline__ int matrix_row(int matrix, int row) { return matrix * 8 + (row ^ matrix * 2); }
+// In words from a tile's first one: where a lane puts what it has loaded, in PIECES channels 8 (lane % 2) and on of token
+// lane / 2, and where it reads what it owns, or names a row of a matrix.
+struct Places {
+    int loaded, owned;
+    __device__ __forceinline__ Places() {
+        int lane = threadIdx.x % 32;
+        loaded = owned = lane * PIECE;
+#if PIECES
+        loaded = 4 * matrix_row(lane % 2 * 2 + lane / 4 % 2, lane / 8 * 2 + lane / 2 % 2);
+        owned = 4 * matrix_row(lane / 8, lane % 8);
+        keep(loaded), keep(owned);
+#endif
+    }
+};
+
 // What a block works on: tiles of 16 channels, and tokens from `first` to `last`.
 struct Block {
     int batch, group, tile, segment, rows, tiles, first, last;
@@ -223,8 +248,15 @@ struct Block {
     }
     // Whether all lanes of a warp have eight elements, of a tile and the 16 tokens from `start` on.
     __device__ __forceinline__ bool whole(int tile, int start) const { return (tile + 1) * ROWS <= rows && start + CHUNK <= last; }
-    __device__ __forceinline__ int rows_left(int tile) const { return rows - tile * ROWS - (int)(threadIdx.x % 32 / 4 * 2); }
-    __device__ __forceinline__ int tokens_left(int start) const { return last - start - (int)(threadIdx.x % 4 * 4); }
+    // Of a tile's channels and of 16 tokens, the first that a lane loads.
+    static __device__ __forceinline__ int lane_row() { return PIECES ? threadIdx.x % 2 * 8 : threadIdx.x % 32 / 4 * 2; }
+    static __device__ __forceinline__ int lane_token() { return PIECES ? threadIdx.x % 32 / 2 : threadIdx.x % 4 * 4; }
+    __device__ __forceinline__ int rows_left(int tile) const { return rows - tile * ROWS - lane_row(); }
+    __device__ __forceinline__ int tokens_left(int start) const { return last - start - lane_token(); }
+    // Whether this lane has eight elements.
+    __device__ __forceinline__ bool whole_lane(int tile, int start) const {
+        return rows_left(tile) >= (PIECES ? 8 : 2) && tokens_left(start) >= (PIECES ? 1 : 4);
+    }
     // Where the first channel lies in an array (b, slots, d, STATE).
     template <typename T = float>
     __device__ __forceinline__ T* slot(const Args& p, i64 array, i64 slots, i64 index) const {
@@ -232,14 +264,14 @@ struct Block {
     }
 };
 
-// An entry of tiles' states that a thread passes from warp to warp: of row g + 8h, which is channel 2g + h of its tile.
+// An entry of tiles' states that a thread passes from warp to warp: of row g + 8h, whose channel has the place 2g + h.
 struct Entry {
     int number, channel, n;
     bool exists;  // some tiles have fewer entries than the block has threads
     __device__ __forceinline__ explicit Entry(int k) {
         number = threadIdx.x + k * THREADS;
         exists = ENTRIES % THREADS == 0 || number < ENTRIES;
-        channel = number / STATE % 8 * 2 + number / STATE / 8, n = number % STATE;
+        channel = channel_at(number / STATE % 8 * 2 + number / STATE / 8), n = number % STATE;
     }
     __device__ __forceinline__ bool within(const Block& block, int tile) const { return exists && tile * ROWS + channel < block.rows; }
     // Where it lies from a slot's first channel on, and in a user's (b, d, N) array.
@@ -250,19 +282,18 @@ struct Entry {
 };
 #define OWN_ENTRIES ((ENTRIES + THREADS - 1) / THREADS)
 
-// A lane's eight elements as they are loaded.
+// A lane's eight elements: its own, or as it has loaded them.
 struct Eight {
     unsigned words[WORDS];
     __device__ __forceinline__ float get(int h, int i) const {
 #if ELEMENT == 0
         return __uint_as_float(words[4 * h + i]);
 #else
-        unsigned word = OWNER == CHANNEL_RUNS ? words[i] : words[2 * h + i / 2];
-        bool upper = OWNER == CHANNEL_RUNS ? h : i % 2;
+        unsigned word = words[2 * h + i / 2];
 #if ELEMENT == 1
-        return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+        return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
 #else
-        return narrowed_bits_to_float(upper ? word >> 16 : word & 0xffffu);
+        return narrowed_bits_to_float(i % 2 ? word >> 16 : word & 0xffffu);
 #endif
 #endif
     }
@@ -270,21 +301,27 @@ struct Eight {
 #if ELEMENT == 0
         words[4 * h + i] = __float_as_uint(x);
 #else
-        unsigned& word = words[OWNER == CHANNEL_RUNS ? i : 2 * h + i / 2];
-        word = (OWNER == CHANNEL_RUNS ? h : i % 2) ? (word & 0xffffu) | (unsigned)x << 16 : (unsigned)x;
+        unsigned& word = words[2 * h + i / 2];
+        word = i % 2 ? (word & 0xffffu) | (unsigned)x << 16 : (unsigned)x;
 #endif
     }
     __device__ __forceinline__ element bits(int h, int i) const {
 #if ELEMENT == 0
         return __uint_as_float(words[4 * h + i]);
 #else
-        unsigned word = words[OWNER == CHANNEL_RUNS ? i : 2 * h + i / 2];
-        return (element)((OWNER == CHANNEL_RUNS ? h : i % 2) ? word >> 16 : word & 0xffffu);
+        unsigned word = words[2 * h + i / 2];
+        return (element)(i % 2 ? word >> 16 : word & 0xffffu);
 #endif
     }
-    // In shared memory: all lanes' first piece, then their next...
-    __device__ __forceinline__ void read(const unsigned* from) {
-        from += threadIdx.x % 32 * PIECE;
+    // In shared memory: all lanes' first piece, then their next... PIECES are written by one lane and read by others.
+#if PIECES
+    __device__ __forceinline__ void read(const unsigned* from, const Places& places) { load_turned(words, from + places.owned); }
+    __device__ __forceinline__ void write(unsigned* to, const Places& places) const {
+        *(uint4*)(to + places.loaded) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+#else
+    __device__ __forceinline__ void read(const unsigned* from, const Places& places) {
+        from += places.owned;
 #pragma unroll
         for (int i = 0; i < WORDS / PIECE; i++) {
             const unsigned* at = from + i * 32 * PIECE;
@@ -294,22 +331,45 @@ struct Eight {
 #elif ELEMENT == 0
             uint4 v = *(const uint4*)at;
             words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-#elif OWNER == CHANNEL_RUNS
-            words[i] = *at;
 #else
             uint2 v = *(const uint2*)at;
             words[2 * i] = v.x, words[2 * i + 1] = v.y;
 #endif
         }
     }
-    __device__ __forceinline__ void write(unsigned* to) const {
-        to += threadIdx.x % 32 * PIECE;
+    __device__ __forceinline__ void write(unsigned* to, const Places& places) const {
+        to += places.loaded;
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
             int piece = i / PIECE, word = i % PIECE;
-            to[piece * 32 * PIECE + word] = words[ELEMENT == 0 && OWNER == CHANNEL_RUNS ? 4 * word + piece : i];
+            to[piece * 32 * PIECE + word] = words[OWNER == CHANNEL_RUNS ? 4 * word + piece : i];
         }
     }
+#endif
+    // What the warp has loaded, as each lane owns it; by way of `scratch`, 128 words that nobody else uses.
+    __device__ __forceinline__ void deal(unsigned* scratch, const Places& places) {
+#if PIECES
+        __syncwarp();
+        write(scratch, places);
+        __syncwarp();
+        read(scratch, places);
+#endif
+    }
+    // The way back, for what is to be stored.
+    __device__ __forceinline__ void collect(unsigned* scratch, const Places& places) {
+#if PIECES
+        __syncwarp();
+#ifdef MATRIX_STORES
+        store_turned(scratch + places.owned, words);
+#else
+#pragma unroll
+        for (int m = 0; m < 4; m++) scratch[matrix_row(m, threadIdx.x % 32 / 4) * 4 + threadIdx.x % 4] = turn_matrix(words[m]);
+#endif
+        __syncwarp();
+        set(*(const uint4*)(scratch + places.loaded));
+#endif
+    }
+    __device__ __forceinline__ void set(uint4 v) { words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w; }
     __device__ __forceinline__ explicit Eight() {}
     __device__ __forceinline__ explicit Eight(const Tokens& x) {
 #if ELEMENT == 0
@@ -317,8 +377,7 @@ struct Eight {
         for (int i = 0; i < 8; i++) words[i] = __float_as_uint(x.v[i / 4][i % 4]);
 #else
 #pragma unroll
-        for (int i = 0; i < WORDS; i++)
-            words[i] = OWNER == CHANNEL_RUNS ? narrow_pair(x.v[0][i], x.v[1][i]) : narrow_pair(x.v[i / 2][i % 2 * 2], x.v[i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < WORDS; i++) words[i] = narrow_pair(x.v[i / 2][i % 2 * 2], x.v[i / 2][i % 2 * 2 + 1]);
 #endif
     }
 };
@@ -337,14 +396,15 @@ struct View {
     bool runs;
     __device__ __forceinline__ View(i64 address, i64 batch_stride, i64 row_stride, i64 token_stride, i64 runs_, const Block& block, Ways& ways, int span, int step)
         : row(row_stride), token(token_stride), runs(OWNER != SINGLE && runs_ != 0) {
-        at = (element*)address + block.batch * batch_stride + (block.channel + threadIdx.x % 32 / 4 * 2) * row_stride +
-             (span + (i64)(threadIdx.x / 32 * CHUNK + threadIdx.x % 4 * 4)) * token_stride;
+        at = (element*)address + block.batch * batch_stride + (block.channel + Block::lane_row()) * row_stride +
+             (span + (i64)(threadIdx.x / 32 * CHUNK + Block::lane_token())) * token_stride;
         if (threadIdx.x == 0) {
             ways.by[0][NUMBER] = (int)(ROWS * row) * (int)sizeof(element);
             ways.by[1][NUMBER] = ((int)(step * token) - (block.tiles - 1) * (int)(ROWS * row)) * (int)sizeof(element);
         }
     }
     __device__ __forceinline__ void advance(const int (&ways)[8]) { at = (element*)((char*)at + ways[NUMBER]); }
+    // In PIECES, not a lane's own before `deal`.
     __device__ __forceinline__ Eight load(const Block& block, int tile, int start) const {
         Eight got;
         if (runs && block.whole(tile, start)) {
@@ -366,9 +426,10 @@ struct View {
                 uint2 v = load_two(at + i * token);
                 got.words[i] = v.x, got.words[4 + i] = v.y;
             }
-#elif OWNER == CHANNEL_RUNS
-#pragma unroll
-            for (int i = 0; i < 4; i++) got.words[i] = load_one(at + i * token);
+#elif PIECES
+            got.set(load_four(at));
+        } else if (runs && block.whole_lane(tile, start)) {
+            got.set(load_four(at));
 #endif
         } else {
             got = load_singly(block, tile, start);
@@ -380,27 +441,30 @@ struct View {
         Eight got;
         element single[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) single[i] = i / 4 < rows && i % 4 < tokens ? at[i / 4 * row + i % 4 * token] : (element)0;
+        for (int i = 0; i < 8; i++)
+            single[i] = row_of(i) < rows && token_of(i) < tokens ? at[row_of(i) * row + token_of(i) * token] : (element)0;
 #pragma unroll
         for (int i = 0; i < 8; i++) got.set_bits(i / 4, i % 4, single[i]);
         return got;
     }
-    // Begins to bring them to shared memory, where the same lane reads them after `copies_done`.
-    __device__ __forceinline__ void fetch(unsigned* to, const Block& block, int tile, int start) const {
+    static __device__ __forceinline__ int row_of(int i) { return PIECES ? i : i / 4; }
+    static __device__ __forceinline__ int token_of(int i) { return PIECES ? 0 : i % 4; }
+    // Begins to bring them to shared memory, where they are read after `fetched`.
+    __device__ __forceinline__ void fetch(unsigned* to, const Places& places, const Block& block, int tile, int start) const {
         if (runs && block.whole(tile, start))
-            copy_all(to);
-        else if (runs && block.rows_left(tile) >= 2 && block.tokens_left(start) >= 4)
-            copy_all(to);
+            copy_all(to + places.loaded);
+        else if (runs && block.whole_lane(tile, start))
+            copy_all(to + places.loaded);
         else
-            load_singly(block, tile, start).write(to);
+            load_singly(block, tile, start).write(to, places);
     }
     __device__ __forceinline__ void copy_all(unsigned* to) const {
-        to += threadIdx.x % 32 * PIECE;
 #pragma unroll
         for (int i = 0; i < WORDS / PIECE; i++) copy<PIECE>(to + i * 32 * PIECE, at + i * (OWNER == CHANNEL_RUNS ? token : row));
     }
-    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int start) const {
+    __device__ __forceinline__ void store(const Tokens& values, const Block& block, int tile, int start, unsigned* scratch, const Places& places) const {
         Eight out(values);
+        out.collect(scratch, places);
         if (runs && block.whole(tile, start)) {
 #if ELEMENT == 0 && OWNER == TOKEN_RUNS
 #pragma unroll
@@ -412,18 +476,26 @@ struct View {
 #elif ELEMENT == 0 && OWNER == CHANNEL_RUNS
 #pragma unroll
             for (int i = 0; i < 4; i++) *(uint2*)(at + i * token) = make_uint2(out.words[i], out.words[4 + i]);
-#elif OWNER == CHANNEL_RUNS
-#pragma unroll
-            for (int i = 0; i < 4; i++) *(unsigned*)(at + i * token) = out.words[i];
+#elif PIECES
+            *(uint4*)at = make_uint4(out.words[0], out.words[1], out.words[2], out.words[3]);
+        } else if (runs && block.whole_lane(tile, start)) {
+            *(uint4*)at = make_uint4(out.words[0], out.words[1], out.words[2], out.words[3]);
 #endif
         } else {
             int rows = block.rows_left(tile), tokens = block.tokens_left(start);
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                if (i / 4 < rows && i % 4 < tokens) at[i / 4 * row + i % 4 * token] = out.bits(i / 4, i % 4);
+                if (row_of(i) < rows && token_of(i) < tokens) at[row_of(i) * row + token_of(i) * token] = out.bits(i / 4, i % 4);
         }
     }
 };
+// Waits for what was fetched.
+__device__ __forceinline__ void fetched() {
+    copies_done();
+#if PIECES
+    __syncwarp();
+#endif
+}
 #define VIEW(number, name, span, step) \
     View<number> view_##name(p.name, p.name##_b, p.name##_d, p.name##_l, p.name##_runs, block, shared.ways, span, step)
 

@@ -42,10 +42,11 @@ class _Plan(Plan):
         u, B = given["u"], given["B"]
         (batch, channels, length), (groups, state) = u.shape, B.shape[1:3]
         layout = divide(given["A"].shape[1] == 1, (batch, channels, length, groups, state), processors())
-        self.runs = length % min(layout.token_run, 16 // u.dtype.itemsize) == 0
+        run = next((run for run in layout.token_runs if length % min(run, 16 // u.dtype.itemsize) == 0), 0)
+        self.runs = bool(run)
         gated = backward and "z" in given
         owner = TOKEN_RUNS if self.runs else SINGLE
-        options = layout.options(ELEMENTS[dtype_name(u)], gated, "seq_idx" in fixed, owner)
+        options = layout.options(ELEMENTS[dtype_name(u)], gated, "seq_idx" in fixed, owner, (run, run))
         self.call = Call(layout.kernels, [0] * ARGUMENTS)
         self.arguments = self.call.arguments
         super().__init__((batch, channels, length, groups, state), layout, options, gated, softplus, self.runs)

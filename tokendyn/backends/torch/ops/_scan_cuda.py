@@ -54,6 +54,11 @@ def _side_by_side(t: torch.Tensor, along: int, run: int) -> bool:
     return not any(stride % in_word for axis, stride in enumerate(strides) if axis != along)
 
 
+def _longest(runs: tuple[int, ...], along: int, *tensors: torch.Tensor) -> int:
+    """The first of ``runs`` that is whole words in all tensors, or 0."""
+    return next((run for run in runs if all(_side_by_side(t, along, run) for t in tensors)), 0)
+
+
 def _near(t: torch.Tensor, rows: int = 96) -> torch.Tensor:
     """The tensor, such that ``rows`` rows and 128 tokens of it are within 2 GiB: with channels last where it is not."""
     return t if 4 * (rows * t.stride(-2) + 128 * t.stride(-1)) < 2**31 else t.mT.contiguous().mT
@@ -79,20 +84,19 @@ class _Plan(Plan):
         u, delta, B, C = _near(u), _near(delta), _near(B, 32), _near(C, 32)
         self.u, self.delta = u, delta
         self.z = z = None if z is None else _near(z)
-        if all(_side_by_side(t, 2, layout.token_run) for t in (u, delta)):
+        self.run, matrix_run = _longest(layout.token_runs, 2, u, delta), _longest(layout.token_runs, 3, B, C)
+        if self.run:
             self.owner = TOKEN_RUNS
-        elif channels // groups % layout.channel_run == 0 and all(
-            _side_by_side(t, 1, layout.channel_run) for t in (u, delta)
-        ):
+        elif channels // groups % layout.channel_run == 0 and _longest((layout.channel_run,), 1, u, delta):
             self.owner = CHANNEL_RUNS
         else:
             self.owner = SINGLE
         gated = backward and z is not None
-        options = layout.options(_ELEMENTS[u.dtype], gated, seq_idx is not None, self.owner, narrow)
-        self.arguments = _Arguments()
-        super().__init__(
-            sizes, layout, options, gated, softplus, all(_side_by_side(t, 3, layout.token_run) for t in (B, C))
+        options = layout.options(
+            _ELEMENTS[u.dtype], gated, seq_idx is not None, self.owner, (self.run, matrix_run), narrow
         )
+        self.arguments = _Arguments()
+        super().__init__(sizes, layout, options, gated, softplus, bool(matrix_run))
         self.kept: list[torch.Tensor] = []  # until the launches are under way
         self.like = {"A": A, "B": B, "C": C, "D": D, "bias": bias}
         self.totals: dict[str, torch.Tensor] = {}
@@ -114,7 +118,7 @@ class _Plan(Plan):
                 self.kept.append(t)
 
     def give_activations(self, **tensors: torch.Tensor | None) -> None:
-        along, run = (2, self.layout.token_run) if self.owner == TOKEN_RUNS else (1, self.layout.channel_run)
+        along, run = (2, self.run) if self.owner == TOKEN_RUNS else (1, self.layout.channel_run)
         for name, t in tensors.items():
             if t is not None:
                 runs = self.owner != SINGLE and _side_by_side(t, along, run)
