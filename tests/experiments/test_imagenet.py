@@ -35,7 +35,9 @@ def read(place: Path) -> Any:
     return json.loads(place.read_bytes())
 
 
-def test_study_and_report(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_study_and_report(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     out = tmp_path / "out"
     arms = ["baseline", "sorted", "published", "random"]
     command = ["--data-dir", str(tree), "--out", str(out), "--seeds", "0", "1", "--arms", *arms, *FAST]
@@ -87,11 +89,13 @@ def test_study_and_report(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
     # A finished study, continued, only reports again.
     before = {place: place.read_bytes() for place in out.rglob("*.json*") if place.name != "environment.json"}
+    request.getfixturevalue("undrawn")
     assert main([*command, "--resume", "auto"]) == 0
     assert {place: place.read_bytes() for place in before} == before
     assert len(read(out / "environment.json")) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_jobs_change_no_bit(tree: Path, tmp_path: Path) -> None:
     command = ["--data-dir", str(tree), "--seeds", "0", "--arms", "baseline", "straight_through", *FAST]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
@@ -102,6 +106,7 @@ def test_jobs_change_no_bit(tree: Path, tmp_path: Path) -> None:
             assert (tmp_path / "one" / place).read_bytes() == (tmp_path / "two" / place).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_errors_of_a_job_arrive(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = ["--data-dir", str(tree), "--seeds", "0", "--arms", "baseline", "published", *FAST]
@@ -113,6 +118,7 @@ def test_errors_of_a_job_arrive(tree: Path, tmp_path: Path, capsys: pytest.Captu
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_is_never_overwritten(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +143,7 @@ def test_a_folder_is_never_overwritten(
     assert "data.train: 24 in the folder, 23 asked for" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_that_break_during_the_training(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for place in ("train/class1/002.png", "val/class2/001.png"):
         (tree / place).write_bytes(b"broken since the start")
@@ -152,6 +159,7 @@ def test_images_that_break_during_the_training(tree: Path, tmp_path: Path, capsy
     assert accuracy * 8 == pytest.approx(round(accuracy * 8))  # 8 of the 9 held-out images count
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_environment_is_a_whitelist(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +188,7 @@ def test_the_environment_is_a_whitelist(
     assert "note: not as in the last sitting: packages; the last bits may differ" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_size_that_the_model_is_not_made_for_is_said(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

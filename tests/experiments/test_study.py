@@ -139,7 +139,9 @@ def test_shuffling_acts_inside_the_block_only(arm: str) -> None:
     assert len(during) == 2
 
 
-def test_a_study_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_from_command_to_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     tree, out = write_tree(tmp_path / "tree", classes=3, train=8, val=4), tmp_path / "out"
     arms = ["baseline", "published", "annealed", "random"]
     command = [*SETTINGS.split(), "--data-dir", str(tree), "--out", str(out), "--arms", *arms, "--seeds", "0", "1"]
@@ -170,6 +172,7 @@ def test_a_study_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixt
     assert str(out / "report.md") in capsys.readouterr().out
 
     shutil.rmtree(out / "annealed" / "seed-1")  # as if time had been up before this run
+    request.getfixturevalue("undrawn")
     assert main([*command, "--resume", "auto", "--max-minutes", "0"]) == 128 + 14
     printed = capsys.readouterr()
     assert "1 of 2 seeds are finished in all arms" in printed.err
@@ -180,6 +183,7 @@ def test_a_study_from_command_to_page(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "; 1 seed (of 2 planned), each with" in (out / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_where_images_are_kept_changes_no_bit(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", classes=3)
     command = [*SETTINGS.split(), "--data-dir", str(tree), "--seeds", "0", "--arms", "annealed", "--no-mechanism"]

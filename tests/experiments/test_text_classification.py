@@ -99,6 +99,7 @@ def test_study_and_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert image.width > 1000
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
     given = ["--data", str(folder / "zoo_train_v2.jsonl.xz"), *SHRUNK, "--seeds", "3", "--arms", "annealed"]
     assert main([*given, "--out", str(tmp_path / "whole")]) == 0

@@ -53,7 +53,9 @@ def read(place: Path) -> Any:
     return json.loads(place.read_bytes())
 
 
-def test_study_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_study_and_report(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     out = tmp_path / "out"
     arms = ["free", "negative", "mixed", "positive", "no_norm", "transformer"]
     given = command(text, out, "--arms", *arms, "--seeds", "0", "1", "--zero-shot", str(text / "other.txt"))
@@ -107,10 +109,12 @@ def test_study_and_report(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
             assert image.width > 1000
 
     before = {place: place.read_bytes() for place in out.rglob("*.json*") if place.name != "environment.json"}
+    request.getfixturevalue("undrawn")
     assert main([*given, "--n-head", "2", "--resume", "auto"]) == 0
     assert {place: place.read_bytes() for place in before} == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
     more = ("--arms", "positive", "--seeds", "3", "--head-dropout", "0.2", "--recompute")
     assert main(command(text, tmp_path / "whole", *more)) == 0
@@ -125,6 +129,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(text: Path, tmp_path: Pa
         assert (tmp_path / "whole" / place).read_bytes() == (tmp_path / "cut" / place).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_arms_begin_equal_where_they_can(text: Path, tmp_path: Path) -> None:
     arms = ["negative", "positive", "negative_matched", "no_convolution"]
     assert main(command(text, tmp_path / "out", "--arms", *arms, "--seeds", "0")) == 0
@@ -135,6 +140,7 @@ def test_arms_begin_equal_where_they_can(text: Path, tmp_path: Path) -> None:
     assert abs(first["negative"] - first["positive"]) < 0.05
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("preset", ["table2_negative", "table2_mixed", "table2_positive", "table2_free", "spectrum"])
 def test_presets_run_shrunk(preset: str, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
