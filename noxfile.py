@@ -30,7 +30,8 @@ GPU_COMPILERS = [f"{name}; {_WHERE}" for name in ("triton", "cuda-bindings", "nv
 VISION = ("torch==2.14.1", "torchvision==0.29.1", "timm==1.0.31")
 #: XLA's newer code generator for CPUs sets up a compiler for each of the dozens of kernels of a program, 25 ms apiece,
 #: which are most of the time of the tests on JAX. tests/equivalence/test_golden.py has it all the same, as users do.
-QUICK_XLA = "--xla_cpu_use_fusion_emitters=false"
+#: And nothing is gained by dividing a program for threads where tests have a process for each core.
+QUICK_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 IN_PARALLEL = ("-n", "2", "--dist")
 ELSEWHERE = ("--ignore=tests/equivalence", "--ignore=tests/equivalence_selftest")  # sessions of their own
 
