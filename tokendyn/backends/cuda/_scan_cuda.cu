@@ -27,6 +27,7 @@
 #define CHANNEL_RUNS 2
 #define OWN_ROWS (OWNER == TOKEN_RUNS ? 1 : 8)
 #define SUM_PITCH 36
+#define FOURS (ELEMENT == 0 ? 2 : 1)  // words of 16 bytes in eight elements
 #define SUMS (2 * TILE * SUM_PITCH)  // floats of a warp's sums of dB and dC over one tile
 
 
@@ -38,7 +39,7 @@ __device__ __forceinline__ void add_over_channels(float (&d)[4], float dB0, floa
 
 // Eight elements of one thread.
 struct Eight {
-    unsigned words[ELEMENT == 0 ? 8 : 4];
+    unsigned words[4 * FOURS];
     __device__ __forceinline__ float operator[](int i) const {
 #if ELEMENT == 0
         return __uint_as_float(words[i]);
@@ -97,29 +98,25 @@ __device__ __forceinline__ int place(int row, int t) {
     return row * (STAGE + 4) + ((t + SHIFT * (row >> 3)) & (STAGE - 1));
 }
 
-// Whether words are of four elements; then half of an eight may exist.
-#define HALVES(run) (ELEMENT == 0 || (run) == 4)
+// Whether in 16 bits words are of four elements; then half of an eight may exist.
+#define HALVES(run) (ELEMENT != 0 && (run) == 4)
 
 // Eight elements `stride` apart, as words where they lie so; 0 from the `count`-th on.
 template <int WORD>
 __device__ __forceinline__ Eight load_eight(const element* from, i64 stride, bool side_by_side, int count) {
     Eight got;
     if (side_by_side && (count >= 8 || (HALVES(WORD) && count == 4))) {
-#if ELEMENT == 0
-        uint4 v = ((const uint4*)from)[0], w = make_uint4(0u, 0u, 0u, 0u);
-        if (count >= 8) w = ((const uint4*)from)[1];
-        got.words[0] = v.x, got.words[1] = v.y, got.words[2] = v.z, got.words[3] = v.w;
-        got.words[4] = w.x, got.words[5] = w.y, got.words[6] = w.z, got.words[7] = w.w;
-#else
         if (HALVES(WORD)) {
             uint2 v = ((const uint2*)from)[0], w = make_uint2(0u, 0u);
             if (count >= 8) w = ((const uint2*)from)[1];
             got.words[0] = v.x, got.words[1] = v.y, got.words[2] = w.x, got.words[3] = w.y;
         } else {
-            uint4 v = *(const uint4*)from;
-            got.words[0] = v.x, got.words[1] = v.y, got.words[2] = v.z, got.words[3] = v.w;
+#pragma unroll
+            for (int k = 0; k < FOURS; k++) {
+                uint4 v = ((const uint4*)from)[k];
+                got.words[4 * k] = v.x, got.words[4 * k + 1] = v.y, got.words[4 * k + 2] = v.z, got.words[4 * k + 3] = v.w;
+            }
         }
-#endif
     } else {
         element single[8];
 #pragma unroll
@@ -158,15 +155,14 @@ struct View {
         element* to = first + start * token;
         int existing = count(start, rows, length);
         if (runs && (existing >= 8 || (HALVES(RUN) && existing == 4))) {
-#if ELEMENT == 0
-            ((uint4*)to)[0] = make_uint4(values.words[0], values.words[1], values.words[2], values.words[3]);
-            if (existing >= 8) ((uint4*)to)[1] = make_uint4(values.words[4], values.words[5], values.words[6], values.words[7]);
-#elif HALVES(RUN)
-            ((uint2*)to)[0] = make_uint2(values.words[0], values.words[1]);
-            if (existing >= 8) ((uint2*)to)[1] = make_uint2(values.words[2], values.words[3]);
-#else
-            *(uint4*)to = make_uint4(values.words[0], values.words[1], values.words[2], values.words[3]);
-#endif
+            if (HALVES(RUN)) {
+                ((uint2*)to)[0] = make_uint2(values.words[0], values.words[1]);
+                if (existing >= 8) ((uint2*)to)[1] = make_uint2(values.words[2], values.words[3]);
+            } else {
+#pragma unroll
+                for (int k = 0; k < FOURS; k++)
+                    ((uint4*)to)[k] = make_uint4(values.words[4 * k], values.words[4 * k + 1], values.words[4 * k + 2], values.words[4 * k + 3]);
+            }
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++)
