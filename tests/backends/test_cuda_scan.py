@@ -182,6 +182,11 @@ FAULTS = {
         "h = fmaf(fabsf(decay), h, local);",
         "scalar A, packed and padded",
     ),
+    "scalar A: pieces with a channel's neighbour": (
+        "place / 2 + place % 2 * 8",
+        "place",
+        "scalar A, channels last",
+    ),
 }
 
 
@@ -193,8 +198,9 @@ def test_planted_faults_are_found(fault, monkeypatch):
     source = _scan_cuda_layout.source("scalar" if "scalar A" in name else "general")
     assert source.count(good) == 1
     monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: source.replace(good, bad))
+    last = CASES[name].get("last", False)
     with pytest.raises(AssertionError, match=r"exceeds|not finite"):
-        check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
+        check(_scan_cuda.run, arguments(name, **CASES[name]), torch.bfloat16 if last else torch.float32, last)
 
 
 def test_operator_is_registered_rightly():
