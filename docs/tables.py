@@ -400,7 +400,7 @@ def mambavision_cost() -> str:
         eager, replayed = measured["models"][name], measured["models"][f"{name}, CUDA graph"]
         found = {"ms": replayed["training_ms"], "bytes": eager["training_bytes"]}
         base = base or found
-        more = {key: f"{100 * (found[key] / base[key] - 1):+.1f} %" if found is not base else "" for key in found}
+        more = {key: f"{100 * (found[key] / base[key] - 1):+z.1f} %" if found is not base else "" for key in found}
         flops = 2 * eager["gflops"]
         rows.append(
             [
@@ -417,9 +417,8 @@ def mambavision_cost() -> str:
 
 
 def mambavision_modes() -> str:
-    """Training images/s of every way to launch a step, on each of the two hosts that went beyond eager steps."""
+    """Images/s of every way to launch a training step and a forward pass, in one run."""
     measured = _vision()
-    runs = (measured, measured["other_runs"][0])
     modes = {
         "eager": "",
         "replayed": ", CUDA graph",
@@ -427,27 +426,30 @@ def mambavision_modes() -> str:
         "compiled and replayed": ", compiled, CUDA graph",
     }
     rows = []
-    for shown, ending in modes.items():
-        for run in runs:
-            times = [run["models"].get(f"{name}{ending}") for name in VISION.values()]
+    for kind in ("training", "forward"):
+        for shown, ending in modes.items():
+            times = [measured["models"].get(f"{name}{ending}", {}).get(f"{kind}_ms") for name in VISION.values()]
             if any(times):
-                cells = [f"{1e3 * measured['batch'] / row['training_ms']:,.0f}" if row else "not run" for row in times]
-                rows.append([shown, f"{run['cores']} cores", *cells])
-    return table(["step", "host", *VISION], rows)
+                rows.append(
+                    [f"{kind}, {shown}", *(f"{1e3 * measured['batch'] / ms:,.0f}" if ms else "not run" for ms in times)]
+                )
+    return table(["images/s", *VISION], rows)
 
 
 def mambavision_gpus() -> str:
-    """The trainer's images/s on one GPU and on two of the same host, in one run."""
-    runs: dict[tuple[str, str], dict[int, float]] = {}
+    """The trainer's images/s and milliseconds a step on one GPU and on two of the same host, in one run."""
+    runs: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for run in _vision()["trainings"]:
         if "mode" in run and "images_per_second" in run:
-            runs.setdefault((run["mode"], run["revision"]), {})[run["gpus"]] = run["images_per_second"]
-    rows = [
-        [mode, revision, f"{found[1]:,.0f}", f"{found[2]:,.0f}", f"{found[2] / found[1]:.2f}"]
-        for (mode, revision), found in runs.items()
-        if 2 in found
-    ]
-    return table(["the trainer's steps", "revision", "one GPU, images/s", "two GPUs, images/s", "times"], rows)
+            runs.setdefault((run["mode"], run["revision"]), {})[run["gpus"]] = run
+    rows = []
+    for (mode, revision), found in runs.items():
+        if 2 in found:
+            images = {gpus: run["images_per_second"] for gpus, run in found.items()}
+            cells = [f"{images[gpus]:,.0f} ({1e3 * found[gpus]['batch'] / images[gpus]:.1f})" for gpus in (1, 2)]
+            rows.append([mode, revision, *cells, f"{images[2] / images[1]:.2f}"])
+    header = ["one GPU, images/s (ms a step)", "two GPUs, images/s (ms a step)"]
+    return table(["the trainer's steps", "revision", *header, "times"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
