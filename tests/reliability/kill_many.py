@@ -20,7 +20,8 @@ from tests.experiments.trees import write_tree
 from tests.reliability.test_kill_resume import contents, finish, kill, start
 from tokendyn.experiments._files import TEMPORARY
 
-ONE_RUN = ("--arms", "sorted", "--jobs", "1", "--checkpoint-every", "1")
+STEPS = 60  # as many as take as long as starting
+ONE_RUN = ("--arms", "sorted", "--jobs", "1", "--checkpoint-every", "1", "--steps", f"{STEPS}")
 
 
 def main(kills: int, seed: int) -> int:
@@ -31,14 +32,14 @@ def main(kills: int, seed: int) -> int:
         began = time.monotonic()
         finish(start(Path(place) / "whole", tree, *ONE_RUN))
         length = time.monotonic() - began
-        expected = contents(Path(place) / "whole")
+        expected = contents(Path(place) / "whole", STEPS)
         print(f"uninterrupted: {length:.1f} s, {len(expected)} files to compare", flush=True)
         for number in range(kills):
             out = Path(place) / f"run-{number}"
             process = start(out, tree, *ONE_RUN)
             began, moment = time.monotonic(), moments.random() * length
             aimed = number % 4 == 3
-            skip = moments.randint(0, 15)  # checkpoints to let pass
+            skip = moments.randint(0, STEPS - 2)  # checkpoints to let pass
             while process.poll() is None:
                 if not aimed and time.monotonic() - began >= moment:
                     break
@@ -50,7 +51,7 @@ def main(kills: int, seed: int) -> int:
             half = sorted(file.name for file in out.glob(f"*/seed-*/checkpoints/{TEMPORARY}*/*"))
             written, steps = bool(list(out.glob(f"*/seed-*/checkpoints/{TEMPORARY}*"))), _newest(out)
             finish(start(out, tree, *ONE_RUN))
-            same = contents(out) == expected
+            same = contents(out, STEPS) == expected
             wrong += not same
             writing += written
             when = f"{time.monotonic() - began:.1f}"

@@ -70,10 +70,10 @@ def trained(out: Path) -> int:
     return sum(file.read_bytes().count(b"train") for file in out.glob("*/seed-*/metrics.jsonl"))
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    """What must be equal: all metrics, results, and the weights of the last checkpoints."""
+def contents(out: Path, steps: int = STEPS) -> dict[str, bytes]:
+    """What must be equal: all metrics, results, and the last checkpoints."""
     found = [*out.glob("*/seed-*/metrics.jsonl"), *out.glob("*/seed-*/result.json")]
-    found += out.glob(f"*/seed-*/checkpoints/step-{STEPS:08d}/*.safetensors")
+    found += out.glob(f"*/seed-*/checkpoints/step-{steps:08d}/*.safetensors")
     return {str(file.relative_to(out)): file.read_bytes() for file in found}
 
 
