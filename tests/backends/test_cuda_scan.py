@@ -116,6 +116,15 @@ def test_walks_token_by_token_agree_with_the_spec(monkeypatch):
     check(_scan_cuda.run, arguments("walks", 1, 18, 40, 5, scalar=True), torch.float32)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is planted in what the CPU runs")
+def test_ordinary_chunks_are_not_walked_through_in_tiles_without_all_channels(monkeypatch):
+    source = _scan_cuda_layout.source("scalar")
+    fatal = source.replace("whole[0] = whole[1] = 1.0f;", "whole[0] = whole[1] = NAN;")
+    assert fatal != source
+    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: fatal)
+    check(_scan_cuda.run, arguments("no walks", 1, 18, 40, 5, scalar=True, scale=0.1), torch.float32)
+
+
 @pytest.mark.parametrize("name", ["u", "delta"])
 def test_scalar_A_what_is_not_a_number_reaches_the_tokens_after_it(name):
     given = tensors(arguments("NaN", 1, 3, 40, 5, scalar=True, without=("z",)), torch.float32, False)

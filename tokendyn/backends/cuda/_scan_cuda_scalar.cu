@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_rows(Rows& rows, const Args& p, const Block
         i64 at = block.channel + channel;
         rows.bias[row] = exists && p.bias ? ((const float*)p.bias)[at] : 0.0f;
         rows.A[row] = exists ? ((const float*)p.A)[at] : 0.0f;
-        rows.rate[row] = -rows.A[row] * LOG2E;
+        rows.rate[row] = 0.0f - rows.A[row] * LOG2E;  // not -0 where there is no channel: a sign is growth, through which warps walk
         rows.D[row] = exists && p.D ? ((const float*)p.D)[at] : 0.0f;
     }
 }
