@@ -68,7 +68,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modu
                 refine(model, saved=place)
             return model, None
         return load_projections(place, dtype=dtype)
-    raise DataError(f"diagnose: there is no {place}, expected a folder of a saved model or a hub name owner/name")
+    raise DataError(f"diagnose: there is no folder {place}; give the folder of a saved model or a hub name owner/name")
 
 
 def _language_model(folder: Path, dtype: torch.dtype | None) -> nn.Module:
