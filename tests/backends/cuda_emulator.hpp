@@ -129,7 +129,7 @@ template <typename T>
 static void forget(T&) {}
 template <typename T>
 static void hold(T*&) {}
-static void keep(int&) {}
+static void hold(int&) {}
 static uint2 load_two(const void* p) { return *(const uint2*)p; }
 static uint4 load_four(const void* p) { return *(const uint4*)p; }
 static void await_flag(const unsigned* p, unsigned value) { if (*p != value) abort(); }

@@ -107,22 +107,29 @@ def test_sequences_in_segments_agree_with_the_spec(name):
     check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="it is planted in what the CPU runs")
-def test_walks_token_by_token_agree_with_the_spec(monkeypatch):
-    source = _scan_cuda_layout.source("scalar")
-    always = source.replace("total[0] <= LIMIT", "total[0] < 0.0f")
-    assert always != source
-    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: always)
-    check(_scan_cuda.run, arguments("walks", 1, 18, 40, 5, scalar=True), torch.float32)
+def plant(monkeypatch, kernels, good, bad):
+    source = _scan_cuda_layout.source(kernels)
+    assert source.count(good) == 1
+    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: source.replace(good, bad))
+
+
+#: What is planted, and the scale of steps: with either, results are the spec's.
+WALKS = {
+    "every chunk is walked through": ("return total[0] <= LIMIT", "return total[0] < 0.0f", 1.0),
+    "no ordinary chunk is, in tiles without all channels": (
+        "whole[0] = whole[1] = 1.0f;",
+        "whole[0] = whole[1] = NAN;",
+        0.1,
+    ),
+}
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="it is planted in what the CPU runs")
-def test_ordinary_chunks_are_not_walked_through_in_tiles_without_all_channels(monkeypatch):
-    source = _scan_cuda_layout.source("scalar")
-    fatal = source.replace("whole[0] = whole[1] = 1.0f;", "whole[0] = whole[1] = NAN;")
-    assert fatal != source
-    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: fatal)
-    check(_scan_cuda.run, arguments("no walks", 1, 18, 40, 5, scalar=True, scale=0.1), torch.float32)
+@pytest.mark.parametrize("which", WALKS)
+def test_walks_token_by_token(which, monkeypatch):
+    good, bad, scale = WALKS[which]
+    plant(monkeypatch, "scalar", good, bad)
+    check(_scan_cuda.run, arguments("walks", 1, 18, 40, 5, scalar=True, scale=scale), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["u", "delta"])
@@ -204,9 +211,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, monkeypatch):
     good, bad, name = FAULTS[fault]
-    source = _scan_cuda_layout.source("scalar" if "scalar A" in name else "general")
-    assert source.count(good) == 1
-    monkeypatch.setattr(_scan_cuda_layout, "source", lambda _: source.replace(good, bad))
+    plant(monkeypatch, "scalar" if "scalar A" in name else "general", good, bad)
     last = CASES[name].get("last", False)
     with pytest.raises(AssertionError, match=r"exceeds|not finite"):
         check(_scan_cuda.run, arguments(name, **CASES[name]), torch.bfloat16 if last else torch.float32, last)

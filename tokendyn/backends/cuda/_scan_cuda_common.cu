@@ -37,7 +37,7 @@ __device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, 
 // Hide from the compiler where a pointer or a number came from, so that it is not made again wherever it is used.
 template <typename T>
 __device__ __forceinline__ void hold(T*& pointer) { asm("" : "+l"(pointer)); }
-__device__ __forceinline__ void keep(int& number) { asm("" : "+r"(number)); }
+__device__ __forceinline__ void hold(int& number) { asm("" : "+r"(number)); }
 // Words of an input, whose whole line is brought to the L2 cache: other warps and the next tile want the rest of it.
 __device__ __forceinline__ uint2 load_two(const void* p) {
     uint2 v;

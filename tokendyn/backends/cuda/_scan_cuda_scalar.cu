@@ -271,7 +271,7 @@ __device__ __forceinline__ void forward(const Args& p) {
     auto& own = shared.of[warp];
     float* scratch = own.scratch;
     Places places;
-    unsigned *pieces_y = own.inputs[0][0] + 128, *pieces_z = own.inputs[0][1] + 128;
+    unsigned *pieces_y = own.inputs[0][0] + TILE_WORDS, *pieces_z = own.inputs[0][1] + TILE_WORDS;
     load_rows(shared.rows, p, block);
     if (OUTPUTS)
         begin_states([&](int tile) { return shared.carry[tile]; }, p, block, p.first_state, block.segment);

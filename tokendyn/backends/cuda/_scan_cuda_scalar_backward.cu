@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
 }
 
 #define BACKWARD_SCRATCH 512  // floats a warp: a walk's, a tile or G that is turned, three tiles in PIECES
-static_assert(BACKWARD_SCRATCH >= 2 * SQUARE && 2 * ENTRIES >= SQUARE && BACKWARD_SCRATCH >= TURNED, "");
+static_assert(BACKWARD_SCRATCH >= 2 * SQUARE && 2 * ENTRIES >= SQUARE && BACKWARD_SCRATCH >= TURNED && (!PIECES || BACKWARD_SCRATCH >= 3 * TILE_WORDS), "");
 #define BUFFERS (ELEMENT == 0 ? 1 : 2)  // 2: a tile's inputs are on their way while the one before is worked on; in float32 there is no space
 struct BackwardShared {
     struct {
@@ -91,7 +91,7 @@ struct BackwardShared {
         float M[CHUNK * MATRIX_PITCH];         // C_t . B_s, s < t, rows s
         float B[CHUNK * STATE_PITCH], C[CHUNK * STATE_PITCH];
         float diagonal[CHUNK];
-        unsigned inputs[BUFFERS][3][32 * WORDS];  // u, delta and dy of a tile
+        unsigned inputs[BUFFERS][3][TILE_WORDS];  // u, delta and dy of a tile
         float sums[2][ENTRIES];                   // of dB and dC
     } of[WARPS];  // each warp's own; states and costates are joined by all threads
     float decays[ROWS][WARPS], scales[ROWS][WARPS];
@@ -386,9 +386,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                 });
             F.each([&](float& v, int h, int i) { sums[h][2] += v; });
             view_du.store(dx, block, tile, start, pieces, places), view_du.advance(ways);
-            view_ddelta.store(F, block, tile, start, pieces + 128, places), view_ddelta.advance(ways);
+            view_ddelta.store(F, block, tile, start, pieces + TILE_WORDS, places), view_ddelta.advance(ways);
 #if GATED
-            view_dz.store(y, block, tile, start, pieces + 256, places), view_dz.advance(ways);
+            view_dz.store(y, block, tile, start, pieces + 2 * TILE_WORDS, places), view_dz.advance(ways);
 #endif
 #pragma unroll
             for (int which = 0; which < 3; which++) {  // lanes with odd q take the second channel

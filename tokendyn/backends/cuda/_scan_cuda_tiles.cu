@@ -19,6 +19,7 @@
 #define CHANNEL_RUNS 2
 #define PIECES (OWNER == CHANNEL_RUNS && ELEMENT != 0)
 #define WORDS (ELEMENT == 0 ? 8 : 4)  // of a lane's eight elements
+#define TILE_WORDS (32 * WORDS)
 #define PIECE (PIECES ? 4 : OWNER == CHANNEL_RUNS ? WORDS / 4 : WORDS / 2)  // words that lie side by side
 #define MATRIX_WORDS (ELEMENT == 0 ? 4 : 2)
 #define TURNED (ROWS * CHUNK + 16)
@@ -223,7 +224,7 @@ struct Places {
 #if PIECES
         loaded = 4 * matrix_row(lane % 2 * 2 + lane / 4 % 2, lane / 8 * 2 + lane / 2 % 2);
         owned = 4 * matrix_row(lane / 8, lane % 8);
-        keep(loaded), keep(owned);
+        hold(loaded), hold(owned);
 #endif
     }
 };
@@ -346,7 +347,7 @@ struct Eight {
         }
     }
 #endif
-    // What the warp has loaded, as each lane owns it; by way of `scratch`, 128 words that nobody else uses.
+    // What the warp has loaded, as each lane owns it; by way of `scratch`, TILE_WORDS that nobody else uses.
     __device__ __forceinline__ void deal(unsigned* scratch, const Places& places) {
 #if PIECES
         __syncwarp();
