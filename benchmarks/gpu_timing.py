@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import platform
 import sys
 from collections.abc import Callable
@@ -118,5 +119,6 @@ def head(*packages: str) -> dict[str, Any]:
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """``|got - want| / |want|`` in float64."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    """``|got - want| / |want|`` in float64; infinity where that is no number, which ``max`` would pass over."""
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    return math.inf if math.isnan(error) else error

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import captured, command, installed
+from gpu_timing import captured, command, installed, relative_error
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -115,7 +115,7 @@ def check(found: dict[str, nn.Module], images: torch.Tensor) -> dict[str, Any]:
             model.float()
 
     def apart(one: str, other: str) -> float:
-        return ((outputs[one] - outputs[other]).norm() / outputs[other].norm()).item()
+        return relative_error(outputs[one], outputs[other])
 
     report["ours against dense"] = max(apart(f"{OURS}, {factor:g}", f"{DENSE}, {factor:g}") for factor in (1, *SHARP))
     report["sorted against averaged"] = min(apart(f"{OURS}, {factor:g}", f"{OURS}, 1") for factor in SHARP)

@@ -86,7 +86,7 @@ def check(given, engines):
             got = outcome(engine)
         except EngineError:
             continue
-        errors[engine] = max(float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want, strict=True))
+        errors[engine] = max(relative_error(g, w) for g, w in zip(got, want, strict=True))
         assert errors[engine] < 5e-2, f"{engine} errs by {errors[engine]:.1e}"
     return errors
 

@@ -1,5 +1,6 @@
-// Runs a CUDA kernel on the CPU, block after block, every thread of a block a fibre: enough of CUDA's language for our
-// kernels, so that their logic can be tested where there is no GPU. Included before the kernels' source.
+// Runs a CUDA kernel on the CPU, block after block or cluster after cluster, every thread of these a fibre: enough of
+// CUDA's language for our kernels, so that their logic can be tested where there is no GPU. Included before the kernels'
+// source.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -15,6 +16,10 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#define IN_CLUSTERS
 
 template <typename T>
 T max(T a, T b) { return a < b ? b : a; }
@@ -31,17 +36,20 @@ static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 static struct { unsigned x; } threadIdx, blockIdx;
-float4 memory[1 << 14];
+constexpr int block_memory = 1 << 14;
+float4 memory[CLUSTER * block_memory];
 
 namespace fibres {
-constexpr int count = THREADS, stack_bytes = 1 << 17;
+constexpr int count = CLUSTER * THREADS, stack_bytes = 1 << 17;
+static int self;  // the fibre that runs: a thread of the cluster
+static bool progress;  // whether any fibre has begun, ended or gone past a barrier
 static ucontext_t context;
 static jmp_buf scheduler, waiting[count];  // a jump costs no system call, where swapcontext costs two
 static char stacks[static_cast<size_t>(count) * stack_bytes];
 static enum { NEW, WAITING, DONE } state[count];
 
 static void wait_turn() {
-    if (!_setjmp(waiting[threadIdx.x])) _longjmp(scheduler, 1);
+    if (!_setjmp(waiting[self])) _longjmp(scheduler, 1);
 }
 
 struct Barrier {
@@ -51,55 +59,85 @@ struct Barrier {
         unsigned mine = generation;
         if (++arrived == expected) arrived = 0, generation++;
         while (generation == mine) wait_turn();
+        progress = true;
     }
 };
-static Barrier block, warps[count / 32];
+static Barrier cluster, blocks[CLUSTER], warps[count / 32];
+static unsigned arrived_in[count];  // generations of the cluster's barrier
 static float exchanged[6][count];
 
+// Blocks `first` to `first + together - 1` as a cluster. Each runs on until all of its threads wait for another block, so
+// that a barrier of the cluster which is missing shows; and what it has in shared memory is lost when it ends.
 template <typename F>
-void run_block(F kernel) {
+void run_blocks(F kernel, int first, int together) {
     static F* running;
-    static int turn, left;
-    running = &kernel, left = count;
-    for (turn = 0; turn < count; turn++) state[turn] = NEW;
-    for (turn = 0; left; turn = (turn + 1) % count) {
-        if (state[turn] == DONE || _setjmp(scheduler)) continue;
-        threadIdx.x = turn;
-        if (state[turn] == WAITING) _longjmp(waiting[turn], 1);
-        state[turn] = WAITING;
-        getcontext(&context);
-        context.uc_stack.ss_sp = stacks + static_cast<size_t>(turn) * stack_bytes;
-        context.uc_stack.ss_size = stack_bytes;
-        makecontext(&context, (void (*)()) + [] { (*running)(), state[threadIdx.x] = DONE, left--, _longjmp(scheduler, 1); }, 0);
-        setcontext(&context);
+    static int block, turn, left, left_in[CLUSTER];
+    running = &kernel, left = together;
+    for (block = 0; block < together; block++) left_in[block] = THREADS;
+    for (turn = 0; turn < together * THREADS; turn++) state[turn] = NEW;
+    for (block = 0; left; block = (block + 1) % together) {
+        do {
+            progress = false;
+            for (turn = 0; turn < THREADS; turn++) {
+                self = block * THREADS + turn, threadIdx.x = turn, blockIdx.x = first + block;
+                if (state[self] == DONE || _setjmp(scheduler)) continue;
+                if (state[self] == WAITING) _longjmp(waiting[self], 1);
+                state[self] = WAITING, progress = true;
+                getcontext(&context);
+                context.uc_stack.ss_sp = stacks + static_cast<size_t>(self) * stack_bytes;
+                context.uc_stack.ss_size = stack_bytes;
+                makecontext(&context, (void (*)()) + [] {
+                    (*running)();
+                    state[self] = DONE, progress = true;
+                    if (--left_in[block] == 0) left--, memset(memory + block * block_memory, 0xff, sizeof(memory) / CLUSTER);
+                    _longjmp(scheduler, 1);
+                }, 0);
+                setcontext(&context);
+            }
+        } while (progress);
     }
 }
 }  // namespace fibres
 
-static void __syncthreads() { fibres::block.wait(fibres::count); }
+static void __syncthreads() { fibres::blocks[fibres::self / THREADS].wait(THREADS); }
+#define SHARED_MEMORY float4* const memory = ::memory + fibres::self / THREADS * block_memory
+static int cluster_rank() { return fibres::self / THREADS; }
+static void cluster_arrive() {
+    fibres::Barrier& barrier = fibres::cluster;
+    fibres::arrived_in[fibres::self] = barrier.generation;
+    if (++barrier.arrived == fibres::count) barrier.arrived = 0, barrier.generation++;
+}
+static void cluster_wait() {
+    while (fibres::arrived_in[fibres::self] == fibres::cluster.generation) fibres::wait_turn();
+    fibres::progress = true;
+}
+template <typename T>
+static T load_from(int rank, const T* p) {
+    return *(const T*)((const float4*)p + (rank - cluster_rank()) * block_memory);
+}
 static void __threadfence() {}
 template <typename T>
 static T __ldcg(const T* p) { return *p; }
-static void wait_warp() { fibres::warps[threadIdx.x / 32].wait(32); }
+static void wait_warp() { fibres::warps[fibres::self / 32].wait(32); }
 static float __shfl_xor_sync(unsigned, float value, int mask) {
-    fibres::exchanged[0][threadIdx.x] = value;
+    fibres::exchanged[0][fibres::self] = value;
     wait_warp();
-    float other = fibres::exchanged[0][threadIdx.x ^ mask];
+    float other = fibres::exchanged[0][fibres::self ^ mask];
     wait_warp();
     return other;
 }
 static float __shfl_sync(unsigned, float value, int from) {
-    fibres::exchanged[0][threadIdx.x] = value;
+    fibres::exchanged[0][fibres::self] = value;
     wait_warp();
-    float other = fibres::exchanged[0][threadIdx.x / 32 * 32 + from];
+    float other = fibres::exchanged[0][fibres::self / 32 * 32 + from];
     wait_warp();
     return other;
 }
 static unsigned __ballot_sync(unsigned, bool value) {
-    fibres::exchanged[0][threadIdx.x] = value;
+    fibres::exchanged[0][fibres::self] = value;
     wait_warp();
     unsigned all = 0;
-    for (int i = 0; i < 32; i++) all |= (unsigned)(fibres::exchanged[0][threadIdx.x / 32 * 32 + i] != 0) << i;
+    for (int i = 0; i < 32; i++) all |= (unsigned)(fibres::exchanged[0][fibres::self / 32 * 32 + i] != 0) << i;
     wait_warp();
     return all;
 }
@@ -109,10 +147,10 @@ static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 template <typename T>
 static T __shfl_sync(unsigned, T value, int lane) {
     static_assert(sizeof(T) == 4);
-    memcpy(&fibres::exchanged[0][threadIdx.x], &value, 4);
+    memcpy(&fibres::exchanged[0][fibres::self], &value, 4);
     wait_warp();
     T other;
-    memcpy(&other, &fibres::exchanged[0][threadIdx.x / 32 * 32 + lane], 4);
+    memcpy(&other, &fibres::exchanged[0][fibres::self / 32 * 32 + lane], 4);
     wait_warp();
     return other;
 }
@@ -138,7 +176,7 @@ template <int WORDS>
 static void copy(unsigned* to, const void* from) { memcpy(to, from, 4 * WORDS); }
 static void load_turned(unsigned (&words)[4], const unsigned* row) {
     static const unsigned* rows[fibres::count];
-    unsigned self = threadIdx.x, warp = self / 32 * 32, column = self % 32 / 4, first = self % 4 * 2;
+    unsigned self = fibres::self, warp = self / 32 * 32, column = self % 32 / 4, first = self % 4 * 2;
     rows[self] = row;
     wait_warp();
     for (int m = 0; m < 4; m++) {
@@ -149,7 +187,7 @@ static void load_turned(unsigned (&words)[4], const unsigned* row) {
 }
 static unsigned turn_matrix(unsigned word) {
     static unsigned given[fibres::count];
-    unsigned self = threadIdx.x, warp = self / 32 * 32, column = self % 32 / 4, first = self % 4 * 2;
+    unsigned self = fibres::self, warp = self / 32 * 32, column = self % 32 / 4, first = self % 4 * 2;
     given[self] = word;
     wait_warp();
     auto element = [&](int row) { return given[warp + 4 * row + column / 2] >> 16 * (column % 2) & 0xffffu; };
@@ -175,7 +213,7 @@ static unsigned narrow_pair(float first, float second) { return narrow(first) | 
 
 // mma.m16n8k8 on TF32, whose operands lose their last 13 bits.
 static void mma(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float a2, float a3, float b0, float b1) {
-    unsigned self = threadIdx.x, warp = self / 32 * 32, lane = self % 32;
+    unsigned self = fibres::self, warp = self / 32 * 32, lane = self % 32;
     float given[6] = {a0, a1, a2, a3, b0, b1}, *sums[4] = {&d0, &d1, &d2, &d3};
     for (int i = 0; i < 6; i++) fibres::exchanged[i][self] = __uint_as_float(__float_as_uint(given[i]) & 0xffffe000u);
     wait_warp();

@@ -25,7 +25,9 @@ def _library(source: str, variant: tuple[str, ...], kernels: tuple[str, ...]) ->
     name = hashlib.sha256("".join((source, *variant)).encode()).hexdigest()[:16]
     text = "".join(
         f'extern "C" void run_{kernel}(const Args* args, int blocks) {{\n'
-        f"    for (int i = 0; i < blocks; i++) blockIdx.x = i, fibres::run_block([&] {{ {kernel}(*args); }});\n}}\n"
+        f"    constexpr int together = {'CLUSTER' if kernel == 'gradients' else 1};\n"
+        "    for (int i = 0; i < blocks; i += together)\n"
+        f"        fibres::run_blocks([&] {{ {kernel}(*args); }}, i, together);\n}}\n"
         for kernel in kernels
     )
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.cuda._scan_cuda_plan import CLUSTERS_FROM
 from tokendyn.backends.torch.ops import _scan_cuda
 
 from . import cuda_emulator
@@ -94,6 +95,13 @@ def _few_states(monkeypatch):
     _scan_cuda_layout.layout.cache_clear()
 
 
+@pytest.fixture
+def _in_clusters(monkeypatch):
+    """Blocks of channels add dB and dC in each other's shared memory; on a GPU they do where it can."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(_scan_cuda, "_gpu", lambda device: (1, CLUSTERS_FROM))
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=[f"{n}-{d}" for n, d in RUNS])
 def test_kernels_agree_with_the_spec(name, dtype):
@@ -105,6 +113,41 @@ def test_kernels_agree_with_the_spec(name, dtype):
 @pytest.mark.parametrize("name", ["four lanes", "two lanes, packed and padded", "scalar A, odd rows", "scalar A, wide"])
 def test_sequences_in_segments_agree_with_the_spec(name):
     check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
+
+
+#: Channels of three blocks, which are one cluster, and of four.
+WHOLE = {"b": 2, "d": 70, "L": 76, "N": 9, "G": 1}
+CLUSTERED = {"b": 1, "d": 128, "L": 140, "N": 16, "without": ("z",)}
+
+
+@pytest.mark.usefixtures("poisoned", "_in_clusters")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cluster_of_all_channels_agrees_with_the_spec(dtype):
+    check(_scan_cuda.run, arguments("whole", **WHOLE), getattr(torch, dtype))
+
+
+@pytest.mark.usefixtures("poisoned", "_in_clusters", "_in_segments", "_few_states")
+@pytest.mark.parametrize("packed", [False, True])
+def test_clusters_one_after_the_other_agree_with_the_spec(packed, monkeypatch):
+    monkeypatch.setattr(_scan_cuda_layout, "CLUSTERS", (2,))
+    check(_scan_cuda.run, arguments("clusters", **CLUSTERED, packed=packed, padded=packed), torch.float32)
+
+
+#: What is left out of the general kernels, and what is put there.
+WAITS = {
+    "until the cluster's sums are there": ("        cluster_wait();\n        add_to_part", "        add_to_part"),
+    "until the cluster has read a block's sums": ("if (chunk < (block.last - 1) / CHUNK) cluster_wait();", ""),
+    "before a block ends": ("    cluster_wait();  // no block ends", "    // no block ends"),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="faults are planted in what the CPU runs")
+@pytest.mark.usefixtures("poisoned", "_in_clusters", "_few_states")
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_of_clusters_that_is_missing_is_found(wait, monkeypatch):
+    plant(monkeypatch, "general", *WAITS[wait])
+    with pytest.raises(AssertionError, match=r"exceeds|not finite"):
+        check(_scan_cuda.run, arguments("whole", **WHOLE), torch.float32)
 
 
 def plant(monkeypatch, kernels, good, bad):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.cuda._scan_cuda_plan import CLUSTERS_FROM
 from tokendyn.backends.jax.ops import _cuda_calls, _scan_cuda, _scan_xla
 
 pytest.importorskip("torch")
@@ -39,7 +40,7 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_cuda_calls, "launch", launch)
     monkeypatch.setattr(_cuda_calls, "stream_of", lambda frame: 0)
-    monkeypatch.setattr(_scan_cuda, "processors", lambda: 1)
+    monkeypatch.setattr(_scan_cuda, "gpu", lambda: (1, CLUSTERS_FROM))
     monkeypatch.setattr(_scan_cuda, "compile_now", lambda *given: None)
 
 

@@ -61,6 +61,7 @@ def error(got: jax.Array, want: jax.Array) -> float:
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.isfinite(got).all()
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 # isort: split
 from tokendyn.backends.cuda import _scan_cuda_layout
+from tokendyn.backends.cuda._scan_cuda_plan import CLUSTERS_FROM
 from tokendyn.backends.torch.ops import _scan_chunked, _scan_cuda, _scan_triton
 
 from .graph_replay import expect_replay
@@ -64,6 +65,12 @@ def test_real_sizes(engine, name, dtype):
     }
     want = evaluate(_scan_chunked.run, tensors(rounded, torch.float64, False, "cpu"))
     check(run, values, dtype, last, want)
+
+
+@pytest.mark.parametrize("name", ["general", "half runs"])
+def test_without_clusters_as_on_an_A100(name, monkeypatch):
+    monkeypatch.setattr(_scan_cuda, "_gpu", lambda device: (132, CLUSTERS_FROM - 1))
+    test_real_sizes("cuda", name, "bfloat16")
 
 
 @pytest.mark.parametrize("scalar", [False, True])

@@ -30,6 +30,8 @@ __device__ __forceinline__ unsigned narrow(float x) {
 
 #if ELEMENT == 0
 typedef float element;
+__device__ __forceinline__ element to_element(float x) { return x; }
 #else
 typedef unsigned short element;
+__device__ __forceinline__ element to_element(float x) { return (element)narrow(x); }
 #endif

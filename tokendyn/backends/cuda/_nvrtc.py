@@ -47,11 +47,18 @@ class Kernel:
     def __init__(self, code: bytes, name: str, shared_bytes: int) -> None:
         self._module = check(driver.cuModuleLoadData(code), "loading machine code")
         function = check(driver.cuModuleGetFunction(self._module, name.encode()), f"finding the kernel {name}")
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attributes = driver.CUfunction_attribute
+        attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), f"asking for {shared_bytes} bytes")
         if shared_bytes > 48 << 10:  # several blocks a multiprocessor want all the shared memory that it has
-            carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             check(driver.cuFuncSetAttribute(function, carveout, 100), "asking for a multiprocessor's shared memory")
+        width = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH, function)
+        if check(width, "asking for a kernel's clusters") > 1:
+            # By default a cluster's blocks go to as many multiprocessors as can be, and places there stay empty.
+            policy = int(driver.CUclusterSchedulingPolicy.CU_CLUSTER_SCHEDULING_POLICY_LOAD_BALANCING)
+            attribute = attributes.CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE
+            check(driver.cuFuncSetAttribute(function, attribute, policy), "asking for dense clusters")
         self._function, self._shared_bytes = function, shared_bytes
 
     def __call__(self, blocks: int, threads: int, stream: int, arguments: ctypes.Array[ctypes.c_int64]) -> None:

@@ -6,9 +6,11 @@
 // channels. Where b and d do not fill the GPU, sequences are cut into segments that run side by side: `segment_ends`
 // runs each from a zero state, `join_segments` passes the states on, and then `outputs` starts every segment from its
 // true state (`segment_coends`, `join_segments`, `gradients` backward). The backward pass recomputes states from those
-// kept every KEPT chunks. Nothing is added atomically: the same input gives the same bits.
+// kept every KEPT chunks. dB and dC are added over the blocks of a cluster in their shared memory, then over clusters in
+// turn. Nothing is added atomically: the same input gives the same bits.
 //
-// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, OWNER, how the elements of a stage are dealt to
+// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, CLUSTER, how many blocks one has, WHOLE, whether
+// it has all channels of a group, OWNER, how the elements of a stage are dealt to
 // threads for loading: eight side by side along tokens, along channels, or SINGLE ones; RUN and MATRIX_RUN, of how many of
 // eight tokens of an activation, and of B and C, a word can be made.
 
@@ -30,6 +32,38 @@
 #define FOURS (ELEMENT == 0 ? 2 : 1)  // words of 16 bytes in eight elements
 #define SUMS (2 * TILE * SUM_PITCH)  // floats of a warp's sums of dB and dC over one tile
 
+// Blocks of a cluster, side by side along the channels, read each other's shared memory.
+#ifndef EMULATED
+#define SHARED_MEMORY extern __shared__ float4 memory[]
+#if CLUSTER > 1
+#define IN_CLUSTERS __attribute__((cluster_dims(CLUSTER, 1, 1)))
+__device__ __forceinline__ int cluster_rank() { return (int)(blockIdx.x % CLUSTER); }
+// After __syncthreads: what the block did before is done for all that have waited for the cluster. One warp's release,
+// which waits for what it has stored, speaks for the block.
+__device__ __forceinline__ void cluster_arrive() {
+    if (threadIdx.x < 32)
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    else
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// A word that the block of this rank has where this block has `p`.
+template <typename T>
+__device__ __forceinline__ T load_from(int rank, const T* p) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(p), word;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(at), "r"(rank));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(at) : "memory");
+    return *(T*)&word;
+}
+#else
+#define IN_CLUSTERS
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+template <typename T>
+__device__ __forceinline__ T load_from(int, const T* p) { return *p; }
+#endif
+#endif
 
 // Adds the first token's dB and dC, and the second's, over the four lanes of every column (lane / 4): to d[0..1] and
 // d[2..3] of the lanes whose tokens, 2 (lane % 4) and the next, `first` and `second` select by a 1 in that column.
@@ -558,23 +592,44 @@ __device__ __forceinline__ void add_warps(float* to, const float* sums) {
         to[index] = sum;
     }
 }
-// Adds a chunk's sums to `part`, or puts them there.
-__device__ __forceinline__ void add_to_part(const float4* starts, const Args& p, float* part, bool put, int begin) {
-    constexpr int own = (CHUNK / TILE * TILE_SUMS + THREADS - 1) / THREADS;
-    float* to[own];
+// Adds a chunk's sums, over all blocks of the cluster, to `part`, or puts them there; WHOLE makes them dB and dC. Each
+// block of a cluster does a share.
+__device__ __forceinline__ void add_to_part(const float4* starts, const Args& p, const Block& block, float* part, bool put, int begin) {
+    constexpr int all = CHUNK / TILE * TILE_SUMS, own = (all + CLUSTER * THREADS - 1) / (CLUSTER * THREADS);
+#if WHOLE
+    typedef element Out;
+    i64 matrix = ((i64)block.batch * p.groups + block.group) * p.state * p.length;
+#else
+    typedef float Out;
+#endif
+    Out* to[own];
     float before[own], sums[own];
 #pragma unroll
     for (int i = 0; i < own; i++) {
-        int index = (i * THREADS + threadIdx.x) % TILE_SUMS, tile = (i * THREADS + threadIdx.x) / TILE_SUMS;
+        unsigned number = (i * CLUSTER + cluster_rank()) * THREADS + threadIdx.x;
+        int index = number % TILE_SUMS, tile = number / TILE_SUMS;
         int t = begin + tile * TILE + index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
         bool exists = tile < CHUNK / TILE && n < p.state && t < p.length;
+#if WHOLE
+        to[i] = exists ? (element*)(which ? p.dC : p.dB) + matrix + n * p.length + t : nullptr;
+        before[i] = 0.0f;
+#else
         to[i] = exists ? part + (which * p.state + n) * p.length + t : nullptr;
         before[i] = exists && !put ? __ldcg(to[i]) : 0.0f;  // all on their way before the first is needed
-        sums[i] = exists ? ((const float*)(starts + tile * THREADS))[index] : 0.0f;
+#endif
+        sums[i] = 0.0f;
+#pragma unroll
+        for (int rank = 0; rank < CLUSTER; rank++) sums[i] += exists ? load_from(rank, (const float*)(starts + tile * THREADS) + index) : 0.0f;
     }
 #pragma unroll
-    for (int i = 0; i < own; i++)
-        if (to[i]) *to[i] = before[i] + sums[i];
+    for (int i = 0; i < own; i++) {
+        if (!to[i]) continue;
+#if WHOLE
+        *to[i] = to_element(sums[i]);
+#else
+        *to[i] = before[i] + sums[i];
+#endif
+    }
 }
 
 // The state after four more tokens of a chunk.
@@ -620,14 +675,14 @@ __device__ __forceinline__ void states_behind(float4* starts, BackwardShared& s,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_constant__ Args p) {
-    extern __shared__ float4 memory[];
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 3) gradients(const __grid_constant__ Args p) {
+    SHARED_MEMORY;
     BackwardShared& s = *(BackwardShared*)memory;
     int index = blockIdx.x;
-    if (p.chain > 1) {  // blocks number themselves as they begin, so that one which waits for another knows that it runs
-        if (threadIdx.x == 0) s.index = (int)atomicAdd((unsigned*)p.counters, 1u);
-        __syncthreads();
-        index = s.index;
+    if (p.chain > 1) {  // clusters number themselves as they begin, so that one which waits for another knows that it runs
+        if (threadIdx.x == 0 && cluster_rank() == 0) s.index = (int)atomicAdd((unsigned*)p.counters, 1u);
+        __syncthreads(), cluster_arrive(), cluster_wait();
+        index = load_from(0, &s.index) * CLUSTER + cluster_rank();
     }
     Block block(p, index);
     Lane lane(block);
@@ -641,10 +696,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
         load_state(e, (const float*)p.slots + lane.slot(p, block, p.segments + 1, block.segment + 1), lane);
     else
         load_given_state(e, p.last_gradient, p, block, lane);
-    int chained = block.tile % (int)p.chain;
-    i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / (int)p.chain;
+    int chained = block.tile / CLUSTER % (int)p.chain;
+    i64 part_index = ((i64)block.batch * p.groups + block.group) * p.parts + block.tile / CLUSTER / (int)p.chain;
     float* part = (float*)p.parts_out + part_index * 2 * p.state * p.length;
-    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks * KEPT;
+    unsigned* flags = (unsigned*)p.counters + 1 + part_index * p.chunks * KEPT * CLUSTER + cluster_rank();
     float selects[TILE];  // 1 where the lane's column is the token's number
 #pragma unroll
     for (int k = 0; k < TILE; k++) selects[k] = threadIdx.x % 32 / 4 == k ? 1.0f : 0.0f;
@@ -687,6 +742,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             load_resets(s.resets, p, block, begin, CHUNK);
         }
         __syncthreads();
+        if (chunk < (block.last - 1) / CHUNK) cluster_wait();  // until the cluster has read this block's last sums
 
         for (int t = 0; t < CHUNK && !lane.idle; t += 4) {
             if (t % TILE == 0) s.starts[t / TILE * THREADS + threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
@@ -779,6 +835,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             add_warps((float*)(s.starts + t / TILE * THREADS), buffer);  // nobody needs this tile's start any more
         }
         __syncthreads();
+        cluster_arrive();  // this block's sums can be read
 
         View u = VIEW(u), delta = VIEW(delta), z = VIEW(z), dy = VIEW(dy), du = VIEW(du), ddelta = VIEW(ddelta), dz = VIEW(dz);
 #pragma unroll
@@ -816,17 +873,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradients(const __grid_
             dz.store(out_z, start, block.rows, block.last);
 #endif
         }
-        if (chained) {  // last, so that a block waits for its neighbour's sums alone, not for its work
-            if (threadIdx.x == 0) await_flag(flags + chunk, chained);
+        if (chained) {  // last, so that a cluster waits for its neighbour's sums alone, not for its work
+            if (threadIdx.x == 0) await_flag(flags + chunk * CLUSTER, chained);
             __syncthreads();
         }
-        add_to_part(s.starts, p, part, chained == 0, begin);
+        cluster_wait();
+        add_to_part(s.starts, p, block, part, chained == 0, begin);
+        __syncthreads();
+        cluster_arrive();
         if (p.chain > 1) {
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) write_flag(flags + chunk, chained + 1);
+            if (threadIdx.x == 0) write_flag(flags + chunk * CLUSTER, chained + 1);
         }
     }
+    cluster_wait();  // no block ends before the cluster has read its sums
     if (p.dfirst && block.segment == 0) store_given_state(p.dfirst, e, p, block, lane);
     i64 at = ((i64)block.batch * p.segments + block.segment) * p.channels + block.channel;
 #pragma unroll

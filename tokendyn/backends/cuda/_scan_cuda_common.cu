@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_parts(const __grid_con
     }
 #if ELEMENT != 0
     if (sum->element) {
-        ((element*)sum->out)[index] = narrow(total);
+        ((element*)sum->out)[index] = to_element(total);
         return;
     }
 #endif

@@ -15,7 +15,7 @@ FIELDS = (
     "batch", "channels", "length", "groups", "group_size", "state", "block_rows", "tiles", "segments", "segment_tokens",
     "chunks", "parts", "chain", "softplus", "keep", "backwards", "matrix_runs",
     "A", "D", "bias", "seq_idx", "lengths", "first_state", "last_state", "last_gradient", "dfirst",
-    "states", "slots", "ends", "decays", "dA", "dD", "dbias", "parts_out", "counters",
+    "states", "slots", "ends", "decays", "dA", "dB", "dC", "dD", "dbias", "parts_out", "counters",
     *(f"{name}{suffix}" for name in ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
       for suffix in ("", "_b", "_d", "_l", "_runs")),
     *(f"{name}{suffix}" for name in ("B", "C") for suffix in ("", "_b", "_g", "_n", "_l")),
@@ -29,10 +29,12 @@ ARGUMENTS = SUMS_FROM + SUMS * len(SUM)
 STATE = 32
 #: Blocks of 128 threads that keep a multiprocessor busy: sequences are cut until there are so many.
 BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
-#: For memory's sake, in sequences from some length on: copies of dB and dC that blocks of channels add to, one after
+#: For memory's sake, in sequences from some length on: copies of dB and dC that clusters of blocks add to, one after
 #: the other, and chunks between two states that the general kernels keep. Shorter ones have twice as many copies, since
-#: they have more to lose by waiting, and keep a state for each chunk.
+#: they have more to lose by waiting, and twice as many states.
 PARTS, KEPT, LONG = 2, 4, 1024
+#: Blocks of a cluster of the general kernels, best first.
+CLUSTERS = (6, 4, 3, 5, 2)
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
 _SEGMENTED = 1.6
@@ -60,6 +62,8 @@ class Layout:
     tiles: int
     segments: int
     segment_tokens: int
+    #: Blocks along the channels that add up dB and dC in each other's shared memory.
+    cluster: int
     #: Elements that a thread can load as one word along tokens, best first, and along channels.
     token_runs: tuple[int, ...]
     channel_run: int
@@ -78,23 +82,29 @@ class Layout:
             chosen["NARROW"] = int(narrow)
         else:
             chosen |= {"QUADS": self.padded // 4, "KEPT": self.kept}
+            chosen |= {"CLUSTER": self.cluster, "WHOLE": int(self.whole)}
             chosen |= {name: run or self.token_runs[0] for name, run in zip(("RUN", "MATRIX_RUN"), runs, strict=True)}
         return tuple(f"-D{name}={value}" for name, value in chosen.items())
 
     @property
     def chain(self) -> int:
-        """Blocks along the channels that add to one copy of dB and dC, one after the other."""
-        return -(-self.tiles // (PARTS if self.chunks * self.chunk >= LONG else 2 * PARTS))
+        """Clusters along the channels that add to one copy of dB and dC, one after the other."""
+        return -(-self.tiles // self.cluster // (PARTS if self.chunks * self.chunk >= LONG else 2 * PARTS))
 
     @property
     def parts(self) -> int:
         """Copies of dB and dC."""
-        return -(-self.tiles // self.chain)
+        return -(-self.tiles // self.cluster // self.chain)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one cluster has all channels of a group, so that its sums are dB and dC."""
+        return self.kernels == "general" and self.cluster == self.tiles
 
     def counters(self, sequences: int) -> int:
         """Integers, 0 at first, by which blocks of a chain know whose turn it is."""
         return 1 + sequences * self.parts * self.chunks * (
-            self.threads // 32 if self.kernels == "scalar" else self.kept
+            self.threads // 32 if self.kernels == "scalar" else self.kept * self.cluster
         )
 
     @property
@@ -148,14 +158,18 @@ def kept_states(scalar_A: bool, length: int, state: int) -> tuple[int, int]:
     if scalar_A:
         return 64 if length <= 64 else 128, 8 if state <= 8 else 16 if state <= 16 else 32
     quads = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
-    return 16 * quads * (KEPT if length >= LONG else 1), 4 * quads
+    return 16 * quads * (KEPT if length >= LONG else KEPT // 2), 4 * quads
 
 
 @functools.cache
 def layout(
-    scalar_A: bool, batch: int, groups: int, group_size: int, length: int, state: int, processors: int, fill: int
-) -> Layout:
-    """The division of a call on a GPU of ``processors`` multiprocessors, ``fill`` blocks of 128 threads each."""
+    scalar_A: bool, batch: int, groups: int, group_size: int, length: int, state: int, processors: int, fill: int,
+    clusters: bool,
+) -> Layout:  # fmt: skip
+    """The division of a call on a GPU of ``processors`` multiprocessors, ``fill`` blocks of 128 threads each.
+
+    ``clusters``: blocks side by side can read each other's shared memory there.
+    """
     if scalar_A:
         return _scalar(batch * groups, group_size, length, state, processors * fill)
     chunk, padded = kept_states(False, length, state)
@@ -164,7 +178,10 @@ def layout(
     fit = processors * fill // (batch * groups * tiles)
     segment = -(-chunks // max(1, min(fit, chunks)))
     segments = -(-chunks // segment)
-    return Layout("general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * chunk, (8, 4), 8)
+    cluster = next((size for size in CLUSTERS if clusters and tiles % size == 0), 1)
+    return Layout(
+        "general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * chunk, cluster, (8, 4), 8
+    )
 
 
 def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: int) -> Layout:
@@ -189,4 +206,4 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: in
             choices += [(most, chunks), (most, -(-chunks // segments))]
     most, segment = min(choices, key=cost)
     along, segments = -(-tiles // most), -(-chunks // segment)
-    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, segment * chunk, (4,), 8)
+    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, segment * chunk, 1, (4,), 8)

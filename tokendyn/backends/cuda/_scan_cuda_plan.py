@@ -10,15 +10,18 @@ from tokendyn.backends.cuda._scan_cuda_layout import PLACES, SUM, SUMS_FROM, Lay
 
 #: Who loads elements: threads, whole words along tokens or along channels, or single elements.
 TOKEN_RUNS, SINGLE, CHANNEL_RUNS = range(3)
+#: The first compute capability (its whole number) whose blocks can be in clusters.
+CLUSTERS_FROM = 9
 #: The kernels' numbers of dtypes.
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
-def divide(scalar_A: bool, sizes: tuple[int, ...], processors: int) -> Layout:
-    """The division of a call with (b, d, L, G, N) on a GPU of ``processors`` multiprocessors."""
+def divide(scalar_A: bool, sizes: tuple[int, ...], processors: int, capability: int) -> Layout:
+    """The division of a call with (b, d, L, G, N) on a GPU of so many multiprocessors and this compute capability."""
     batch, channels, length, groups, state = sizes
     fill = _scan_cuda_layout.BLOCKS_A_PROCESSOR["scalar" if scalar_A else "general"]
-    return _scan_cuda_layout.layout(scalar_A, batch, groups, channels // groups, length, state, processors, fill)
+    rows, clusters = channels // groups, capability >= CLUSTERS_FROM
+    return _scan_cuda_layout.layout(scalar_A, batch, groups, rows, length, state, processors, fill, clusters)
 
 
 class Plan(abc.ABC):
@@ -49,14 +52,12 @@ class Plan(abc.ABC):
         """Make the array of int32 zeros that the argument ``name`` is."""
 
     @abc.abstractmethod
-    def total(self, name: str, place: int, source: str, offset: int) -> bool:
-        """Make the gradient of ``name``, a sum of the argument ``source`` from a number of floats on.
+    def total(self, name: str, place: int) -> bool:
+        """Make the gradient of ``name``, whose address goes to ``place``; return whether it has 16 bits."""
 
-        Their addresses go to ``place`` and the one after it.
-
-        Returns:
-            Whether it has 16 bits.
-        """
+    @abc.abstractmethod
+    def address(self, place: int, name: str, offset: int) -> None:
+        """Put the address of the argument ``name``, and so many floats more, at ``place``."""
 
     @abc.abstractmethod
     def launch(self, name: str, shared: int, blocks: int) -> None:
@@ -81,7 +82,11 @@ class Plan(abc.ABC):
         self.floats("dA", copies, channels, rates)
         for name in vectors:
             self.floats(f"d{name}", copies, channels)
-        self.floats("parts_out", batch, groups, layout.parts, 2, columns or state, length)
+        if layout.whole:
+            for name in ("B", "C"):
+                self.total(name, PLACES[f"d{name}"])
+        else:
+            self.floats("parts_out", batch, groups, layout.parts, 2, columns or state, length)
         if layout.chain > 1:
             self.zeros("counters", layout.counters(batch * groups))
         self._run("gradients")
@@ -89,13 +94,14 @@ class Plan(abc.ABC):
         matrix = (batch * groups, layout.parts, per_matrix, 2 * per_matrix, columns)
         vector = (1, copies, channels, channels, 0)
         place, blocks = SUMS_FROM, 0
+        matrices = () if layout.whole else (("B", "parts_out", 0, matrix), ("C", "parts_out", per_matrix, matrix))
         for name, source, offset, numbers in (
             ("A", "dA", 0, (1, copies, channels * rates, channels * rates, 0)),
-            ("B", "parts_out", 0, matrix),
-            ("C", "parts_out", per_matrix, matrix),
+            *matrices,
             *((name, f"d{name}", 0, vector) for name in vectors),
         ):
-            narrow = self.total(name, place, source, offset)
+            self.address(place, source, offset)
+            narrow = self.total(name, place + 1)
             self.arguments[place + 2 : place + len(SUM)] = (*numbers, int(narrow))
             place += len(SUM)
             blocks += sum_blocks(*numbers[:3], layout.threads)

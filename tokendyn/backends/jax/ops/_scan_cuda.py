@@ -24,9 +24,10 @@ Arrays = dict[str, jax.Array]
 _FIELDS = {"delta_bias": "bias", "initial_state": "first_state"}
 
 
-def processors() -> int:
-    """Multiprocessors of the device that JAX takes by default."""
-    return jax.local_devices()[0].core_count
+def gpu() -> tuple[int, int]:
+    """Multiprocessors and compute capability, the whole number, of the device that JAX takes by default."""
+    device = jax.local_devices()[0]
+    return device.core_count, int(device.compute_capability.split(".")[0])
 
 
 def compile_now(kernels: str, options: tuple[str, ...]) -> None:
@@ -41,7 +42,7 @@ class _Plan(Plan):
     def __init__(self, given: Arrays, fixed: Arrays, softplus: bool, backward: bool) -> None:
         u, B = given["u"], given["B"]
         (batch, channels, length), (groups, state) = u.shape, B.shape[1:3]
-        layout = divide(given["A"].shape[1] == 1, (batch, channels, length, groups, state), processors())
+        layout = divide(given["A"].shape[1] == 1, (batch, channels, length, groups, state), *gpu())
         run = next((run for run in layout.token_runs if length % min(run, 16 // u.dtype.itemsize) == 0), 0)
         self.runs = bool(run)
         gated = backward and "z" in given
@@ -92,11 +93,14 @@ class _Plan(Plan):
         self.result(name, (count,), jnp.int32)
         self.zeroed["zeros"] = name
 
-    def total(self, name: str, place: int, source: str, offset: int) -> bool:
+    def total(self, name: str, place: int) -> bool:
         like, result = self.like[name], f"sum_{name}"
         self.results[result] = jax.ShapeDtypeStruct(like.shape, like.dtype)
-        self.offsets += [(place, source, 4 * offset), (place + 1, result, 0)]
+        self.offsets.append((place, result, 0))
         return like.dtype != jnp.float32
+
+    def address(self, place: int, name: str, offset: int) -> None:
+        self.offsets.append((place, name, 4 * offset))
 
     def launch(self, name: str, shared: int, blocks: int) -> None:
         self.call.launches.append((name, self.options, self.layout.threads, shared, blocks))

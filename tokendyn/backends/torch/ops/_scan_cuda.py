@@ -30,8 +30,12 @@ def launch(
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """A device's multiprocessors and compute capability, the whole number."""
+    if device.type == "cpu":
+        return 1, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
 
 
 def states_shape(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[int, ...]:
@@ -75,7 +79,7 @@ class _Plan(Plan):
         batch, channels, length = u.shape
         groups, state = B.shape[1], B.shape[2]
         sizes = batch, channels, length, groups, state
-        layout = divide(A.shape[1] == 1, sizes, _processors(u.device))
+        layout = divide(A.shape[1] == 1, sizes, *_gpu(u.device))
         mixed = delta.dtype != u.dtype or B.dtype != u.dtype or C.dtype != u.dtype
         narrow = _narrow(u, A)
         if mixed or (z is not None and z.dtype != u.dtype) or u.dtype not in _ELEMENTS:
@@ -134,12 +138,15 @@ class _Plan(Plan):
     def zeros(self, name: str, count: int) -> None:
         self.give(**{name: torch.zeros(count, dtype=torch.int32, device=self.u.device)})
 
-    def total(self, name: str, place: int, source: str, offset: int) -> bool:
+    def total(self, name: str, place: int) -> bool:
         like = self.like[name]
         dtype = like.dtype if like.dtype in (torch.float32, self.u.dtype) else torch.float32
         out = self.totals[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
-        self.arguments[place : place + 2] = self.arguments[PLACES[source]] + 4 * offset, out.data_ptr()
+        self.arguments[place] = out.data_ptr()
         return dtype != torch.float32
+
+    def address(self, place: int, name: str, offset: int) -> None:
+        self.arguments[place] = self.arguments[PLACES[name]] + 4 * offset
 
     def launch(self, name: str, shared: int, blocks: int) -> None:
         layout = self.layout

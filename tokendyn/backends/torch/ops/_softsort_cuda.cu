@@ -33,11 +33,9 @@ __device__ __forceinline__ void forget(unsigned& x) { asm volatile("" : "+r"(x):
 #if ELEMENT == 0
 __device__ __forceinline__ unsigned to_bits(element x) { return __float_as_uint(x); }
 __device__ __forceinline__ float to_float(unsigned bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ element to_element(float x) { return x; }
 #else
 __device__ __forceinline__ unsigned to_bits(element x) { return x; }
 __device__ __forceinline__ float to_float(unsigned bits) { return narrowed_bits_to_float(bits); }
-__device__ __forceinline__ element to_element(float x) { return (element)narrow(x); }
 #endif
 
 // A token's place in order: the decay from the one before, the token's number, and what divides values that lie in the
