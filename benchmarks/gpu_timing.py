@@ -120,5 +120,6 @@ def head(*packages: str) -> dict[str, Any]:
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """``|got - want| / |want|`` in float64; infinity where that is no number, which ``max`` would pass over."""
-    error = float((got.double() - want.double()).norm() / want.double().norm())
+    got, want = got.detach().double(), want.detach().double()
+    error = float((got - want).norm() / want.norm())
     return math.inf if math.isnan(error) else error
