@@ -176,11 +176,15 @@ def layout(
     block_rows = 512 // padded
     tiles, chunks = -(-group_size // block_rows), -(-length // chunk)
     fit = processors * fill // (batch * groups * tiles)
-    segment = -(-chunks // max(1, min(fit, chunks)))
-    segments = -(-chunks // segment)
+    tokens = 4 * padded  # on which a block works at a time
+    pieces, kept = -(-length // tokens), chunk // tokens
+    segment = -(-pieces // max(1, fit))
+    if segment > kept:  # a shorter one goes back, in the backward pass, to the state that was kept last before it
+        segment = -(-segment // kept) * kept
+    segments = -(-pieces // segment)
     cluster = next((size for size in CLUSTERS if clusters and tiles % size == 0), 1)
     return Layout(
-        "general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * chunk, cluster, (8, 4), 8
+        "general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * tokens, cluster, (8, 4), 8
     )
 
 
