@@ -47,6 +47,12 @@ static ucontext_t context;
 static jmp_buf scheduler, waiting[count];  // a jump costs no system call, where swapcontext costs two
 static char stacks[static_cast<size_t>(count) * stack_bytes];
 static enum { NEW, WAITING, DONE } state[count];
+static const char* fault;  // what a kernel did that no GPU would bear
+
+static void fail(const char* what) {
+    fault = what;
+    _longjmp(scheduler, 1);
+}
 
 static void wait_turn() {
     if (!_setjmp(waiting[self])) _longjmp(scheduler, 1);
@@ -64,21 +70,26 @@ struct Barrier {
 };
 static Barrier cluster, blocks[CLUSTER], warps[count / 32];
 static unsigned arrived_in[count];  // generations of the cluster's barrier
+static bool arrived[count];         // at it, and has not waited yet
 static float exchanged[6][count];
 
 // Blocks `first` to `first + together - 1` as a cluster. Each runs on until all of its threads wait for another block, so
-// that a barrier of the cluster which is missing shows; and what it has in shared memory is lost when it ends.
+// that a barrier of the cluster which is missing shows, the last one first; and what it has in shared memory is lost when
+// it ends.
 template <typename F>
-void run_blocks(F kernel, int first, int together) {
+void run_cluster(F kernel, int first, int together) {
     static F* running;
-    static int block, turn, left, left_in[CLUSTER];
-    running = &kernel, left = together;
-    for (block = 0; block < together; block++) left_in[block] = THREADS;
-    for (turn = 0; turn < together * THREADS; turn++) state[turn] = NEW;
-    for (block = 0; left; block = (block + 1) % together) {
+    static int block, turn, left, left_in[CLUSTER], idle;
+    running = &kernel, left = together, idle = 0;
+    cluster = Barrier();
+    for (Barrier& barrier : warps) barrier = Barrier();
+    for (block = 0; block < together; block++) left_in[block] = THREADS, blocks[block] = Barrier();
+    for (turn = 0; turn < together * THREADS; turn++) state[turn] = NEW, arrived[turn] = false;
+    for (block = together - 1; left && !fault; block = (block + together - 1) % together) {
+        if (idle++ == together) fault = "no thread can go on: not all have reached a barrier";
         do {
             progress = false;
-            for (turn = 0; turn < THREADS; turn++) {
+            for (turn = 0; turn < THREADS && !fault; turn++) {
                 self = block * THREADS + turn, threadIdx.x = turn, blockIdx.x = first + block;
                 if (state[self] == DONE || _setjmp(scheduler)) continue;
                 if (state[self] == WAITING) _longjmp(waiting[self], 1);
@@ -94,8 +105,17 @@ void run_blocks(F kernel, int first, int together) {
                 }, 0);
                 setcontext(&context);
             }
-        } while (progress);
+            if (progress) idle = 0;
+        } while (progress && !fault);
     }
+}
+
+// Runs a grid, what comes last first: no block may wait for one that a GPU might begin later. Returns a fault, or null.
+template <typename F>
+const char* run(F kernel, int blocks, int together) {
+    fault = nullptr;
+    for (int first = blocks - together; first >= 0 && !fault; first -= together) run_cluster(kernel, first, together);
+    return fault;
 }
 }  // namespace fibres
 
@@ -104,18 +124,19 @@ static void __syncthreads() { fibres::blocks[fibres::self / THREADS].wait(THREAD
 static int cluster_rank() { return fibres::self / THREADS; }
 static void cluster_arrive() {
     fibres::Barrier& barrier = fibres::cluster;
-    fibres::arrived_in[fibres::self] = barrier.generation;
+    if (fibres::arrived[fibres::self]) fibres::fail("a thread arrives at a cluster's barrier twice without a wait");
+    fibres::arrived[fibres::self] = true, fibres::arrived_in[fibres::self] = barrier.generation;
     if (++barrier.arrived == fibres::count) barrier.arrived = 0, barrier.generation++;
 }
 static void cluster_wait() {
+    if (!fibres::arrived[fibres::self]) fibres::fail("a thread waits at a cluster's barrier without an arrival");
     while (fibres::arrived_in[fibres::self] == fibres::cluster.generation) fibres::wait_turn();
-    fibres::progress = true;
+    fibres::arrived[fibres::self] = false, fibres::progress = true;
 }
 template <typename T>
 static T load_from(int rank, const T* p) {
     return *(const T*)((const float4*)p + (rank - cluster_rank()) * block_memory);
 }
-static void __threadfence() {}
 template <typename T>
 static T __ldcg(const T* p) { return *p; }
 static void wait_warp() { fibres::warps[fibres::self / 32].wait(32); }
@@ -170,7 +191,9 @@ static void hold(T*&) {}
 static void hold(int&) {}
 static uint2 load_two(const void* p) { return *(const uint2*)p; }
 static uint4 load_four(const void* p) { return *(const uint4*)p; }
-static void await_flag(const unsigned* p, unsigned value) { if (*p != value) abort(); }
+static void await_flag(const unsigned* p, unsigned value) {
+    if (*p != value) fibres::fail("a block waits for one that may not have begun, or for what none writes");
+}
 static void copies_done() {}
 template <int WORDS>
 static void copy(unsigned* to, const void* from) { memcpy(to, from, 4 * WORDS); }

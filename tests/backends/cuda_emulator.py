@@ -24,10 +24,8 @@ def _library(source: str, variant: tuple[str, ...], kernels: tuple[str, ...]) ->
     folder = Path(_FOLDER.name)
     name = hashlib.sha256("".join((source, *variant)).encode()).hexdigest()[:16]
     text = "".join(
-        f'extern "C" void run_{kernel}(const Args* args, int blocks) {{\n'
-        f"    constexpr int together = {'CLUSTER' if kernel == 'gradients' else 1};\n"
-        "    for (int i = 0; i < blocks; i += together)\n"
-        f"        fibres::run_blocks([&] {{ {kernel}(*args); }}, i, together);\n}}\n"
+        f'extern "C" const char* run_{kernel}(const Args* args, int blocks) {{\n'
+        f"    return fibres::run([&] {{ {kernel}(*args); }}, blocks, {'CLUSTER' if kernel == 'gradients' else 1});\n}}\n"
         for kernel in kernels
     )
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"
@@ -37,14 +35,21 @@ def _library(source: str, variant: tuple[str, ...], kernels: tuple[str, ...]) ->
     return ctypes.CDLL(str(library))
 
 
+def _run(library: ctypes.CDLL, name: str, arguments: ctypes.Array, blocks: int) -> None:
+    function = getattr(library, f"run_{name}")
+    function.restype = ctypes.c_char_p
+    fault = function(arguments, blocks)
+    assert fault is None, f"{name}: {fault.decode()}"
+
+
 def launch_order(variant: _softsort_cuda.Variant, blocks: int, arguments: ctypes.Array, device):
     """In the place of the launch of SoftSort's engine."""
     name = variant.kernel
     assert variant.shared <= 16 << 14
-    getattr(_library(_softsort_cuda.source(name), variant.options, (name,)), f"run_{name}")(arguments, blocks)
+    _run(_library(_softsort_cuda.source(name), variant.options, (name,)), name, arguments, blocks)
 
 
 def launch(kernels, name, variant: tuple[str, ...], threads, shared: int, blocks: int, arguments: ctypes.Array, device):
     """In the place of the engine's own ``launch``."""
     assert shared <= 16 << 14
-    getattr(_library(_scan_cuda_layout.source(kernels), variant, SCAN), f"run_{name}")(arguments, blocks)
+    _run(_library(_scan_cuda_layout.source(kernels), variant, SCAN), name, arguments, blocks)
