@@ -445,6 +445,8 @@ def test_wrong_calls_fail_as_python_calls_do() -> None:
         tokendyn.softsort(scores("numpy"))
     with pytest.raises(TypeError, match="softsort_matrix: got an unexpected keyword argument 'temperature'"):
         tokendyn.softsort_matrix(scores("numpy"), temperature=1.0)
+    with pytest.raises(TypeError, match=r"softsort: .* unexpected keyword argument 'score'; did you mean 'scores'\?"):
+        tokendyn.softsort(score=scores("numpy"))
     with pytest.raises(TypeError, match="too many positional arguments"):
         tokendyn.softsort_matrix(scores("numpy"), 1.0)
     with pytest.raises(TypeError, match="multiple values for argument 'scores'"):

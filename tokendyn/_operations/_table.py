@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -66,7 +67,12 @@ def operation(
         required = frozenset(p.name for p in parameters if p.default is p.empty)
 
         def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            """Raise the TypeError that Python would, with the operation's name."""
+            """Raise the TypeError that Python would, with the operation's name; of a mistyped name before all else."""
+            for key in kwargs:
+                if key not in every:
+                    close = difflib.get_close_matches(key, sorted(every), 1)
+                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    raise TypeError(f"{name}: got an unexpected keyword argument {key!r}{hint}")
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as cause:

@@ -5,6 +5,7 @@ Whatever a user can get wrong ends in one sentence on stderr and exit code 2, ne
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tokendyn.errors import TokendynError
@@ -17,7 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     from tokendyn.cli._commands import run
 
     try:
-        return run(sys.argv[1:] if arguments is None else arguments)
+        try:
+            return run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads, `head` say, has seen enough; Python would complain of it at its end again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except TokendynError as error:
         print(f"tokendyn: {error}", file=sys.stderr)
         return MISTAKE
