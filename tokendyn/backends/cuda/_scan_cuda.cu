@@ -602,33 +602,36 @@ __device__ __forceinline__ void add_to_part(const float4* starts, const Args& p,
 #else
     typedef float Out;
 #endif
-    Out* to[own];
-    float before[own], sums[own];
+    constexpr int at_once = own < 16 ? own : 16;  // more would not stay in registers
+    for (int first = 0; first < own; first += at_once) {
+        Out* to[at_once];
+        float before[at_once], sums[at_once];
 #pragma unroll
-    for (int i = 0; i < own; i++) {
-        unsigned number = (i * CLUSTER + cluster_rank()) * THREADS + threadIdx.x;
-        int index = number % TILE_SUMS, tile = number / TILE_SUMS;
-        int t = begin + tile * TILE + index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
-        bool exists = tile < CHUNK / TILE && n < p.state && t < p.length;
+        for (int i = 0; i < at_once; i++) {
+            unsigned number = ((first + i) * CLUSTER + cluster_rank()) * THREADS + threadIdx.x;
+            int index = number % TILE_SUMS, tile = number / TILE_SUMS;
+            int t = begin + tile * TILE + index % TILE, n = index / TILE % STATE, which = index / (TILE * STATE);
+            bool exists = tile < CHUNK / TILE && n < p.state && t < p.length;
 #if WHOLE
-        to[i] = exists ? (element*)(which ? p.dC : p.dB) + matrix + n * p.length + t : nullptr;
-        before[i] = 0.0f;
+            to[i] = exists ? (element*)(which ? p.dC : p.dB) + matrix + n * p.length + t : nullptr;
+            before[i] = 0.0f;
 #else
-        to[i] = exists ? part + (which * p.state + n) * p.length + t : nullptr;
-        before[i] = exists && !put ? __ldcg(to[i]) : 0.0f;  // all on their way before the first is needed
+            to[i] = exists ? part + (which * p.state + n) * p.length + t : nullptr;
+            before[i] = exists && !put ? __ldcg(to[i]) : 0.0f;  // all on their way before the first is needed
 #endif
-        sums[i] = 0.0f;
+            sums[i] = 0.0f;
 #pragma unroll
-        for (int rank = 0; rank < CLUSTER; rank++) sums[i] += exists ? load_from(rank, (const float*)(starts + tile * THREADS) + index) : 0.0f;
-    }
+            for (int rank = 0; rank < CLUSTER; rank++) sums[i] += exists ? load_from(rank, (const float*)(starts + tile * THREADS) + index) : 0.0f;
+        }
 #pragma unroll
-    for (int i = 0; i < own; i++) {
-        if (!to[i]) continue;
+        for (int i = 0; i < at_once; i++) {
+            if (!to[i]) continue;
 #if WHOLE
-        *to[i] = to_element(sums[i]);
+            *to[i] = to_element(sums[i]);
 #else
-        *to[i] = before[i] + sums[i];
+            *to[i] = before[i] + sums[i];
 #endif
+        }
     }
 }
 
