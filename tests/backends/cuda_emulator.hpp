@@ -42,6 +42,7 @@ float4 memory[CLUSTER * block_memory];
 namespace fibres {
 constexpr int count = CLUSTER * THREADS, stack_bytes = 1 << 17;
 static int self;  // the fibre that runs: a thread of the cluster
+static unsigned visit;  // how often the scheduler has come to a block
 static bool progress;  // whether any fibre has begun, ended or gone past a barrier
 static ucontext_t context;
 static jmp_buf scheduler, waiting[count];  // a jump costs no system call, where swapcontext costs two
@@ -71,11 +72,13 @@ struct Barrier {
 static Barrier cluster, blocks[CLUSTER], warps[count / 32];
 static unsigned arrived_in[count];  // generations of the cluster's barrier
 static bool arrived[count];         // at it, and has not waited yet
+static const unsigned* awaited[count];  // the flag that a thread has waited for last
 static float exchanged[6][count];
 
-// Blocks `first` to `first + together - 1` as a cluster. Each runs on until all of its threads wait for another block, so
-// that a barrier of the cluster which is missing shows, the last one first; and what it has in shared memory is lost when
-// it ends.
+// Blocks `first` to `first + together - 1` as a cluster, the last one first. Each runs on until all of its threads wait for
+// another block, but the first also stops wherever it has arrived at the cluster's barrier, until the others have gone on
+// as far as they can: so a wait that is missing and an arrival that comes too early show. What a block has in shared memory
+// is lost when it ends.
 template <typename F>
 void run_cluster(F kernel, int first, int together) {
     static F* running;
@@ -84,8 +87,9 @@ void run_cluster(F kernel, int first, int together) {
     cluster = Barrier();
     for (Barrier& barrier : warps) barrier = Barrier();
     for (block = 0; block < together; block++) left_in[block] = THREADS, blocks[block] = Barrier();
-    for (turn = 0; turn < together * THREADS; turn++) state[turn] = NEW, arrived[turn] = false;
+    for (turn = 0; turn < together * THREADS; turn++) state[turn] = NEW, arrived[turn] = false, awaited[turn] = nullptr;
     for (block = together - 1; left && !fault; block = (block + together - 1) % together) {
+        visit++;
         if (idle++ == together) fault = "no thread can go on: not all have reached a barrier";
         do {
             progress = false;
@@ -110,11 +114,11 @@ void run_cluster(F kernel, int first, int together) {
     }
 }
 
-// Runs a grid, what comes last first: no block may wait for one that a GPU might begin later. Returns a fault, or null.
+// Runs a grid, clusters from the last on: none may wait for one that a GPU might begin later. Returns a fault, or null.
 template <typename F>
 const char* run(F kernel, int blocks, int together) {
     fault = nullptr;
-    for (int first = blocks - together; first >= 0 && !fault; first -= together) run_cluster(kernel, first, together);
+    for (int i = 0; i < blocks && !fault; i += together) run_cluster(kernel, together > 1 ? blocks - together - i : i, together);
     return fault;
 }
 }  // namespace fibres
@@ -127,6 +131,8 @@ static void cluster_arrive() {
     if (fibres::arrived[fibres::self]) fibres::fail("a thread arrives at a cluster's barrier twice without a wait");
     fibres::arrived[fibres::self] = true, fibres::arrived_in[fibres::self] = barrier.generation;
     if (++barrier.arrived == fibres::count) barrier.arrived = 0, barrier.generation++;
+    for (unsigned now = fibres::visit; fibres::self < THREADS && fibres::visit == now;) fibres::wait_turn();
+    fibres::progress = true;
 }
 static void cluster_wait() {
     if (!fibres::arrived[fibres::self]) fibres::fail("a thread waits at a cluster's barrier without an arrival");
@@ -193,6 +199,7 @@ static uint2 load_two(const void* p) { return *(const uint2*)p; }
 static uint4 load_four(const void* p) { return *(const uint4*)p; }
 static void await_flag(const unsigned* p, unsigned value) {
     if (*p != value) fibres::fail("a block waits for one that may not have begun, or for what none writes");
+    fibres::awaited[fibres::self] = p;
 }
 static void copies_done() {}
 template <int WORDS>
@@ -218,7 +225,11 @@ static unsigned turn_matrix(unsigned word) {
     wait_warp();
     return turned;
 }
-static void write_flag(unsigned* p, unsigned value) { *p = value; }
+static void write_flag(unsigned* p, unsigned value) {
+    if (*p + 1 != value) fibres::fail("a flag is not the turn after its last: blocks share it that are not of one chain");
+    if (value > 1 && fibres::awaited[fibres::self] != p) fibres::fail("a block did not wait for its turn");
+    *p = value;
+}
 
 static unsigned short to_bfloat16(float x) {
     unsigned bits = __float_as_uint(x);

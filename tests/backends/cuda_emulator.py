@@ -25,7 +25,8 @@ def _library(source: str, variant: tuple[str, ...], kernels: tuple[str, ...]) ->
     name = hashlib.sha256("".join((source, *variant)).encode()).hexdigest()[:16]
     text = "".join(
         f'extern "C" const char* run_{kernel}(const Args* args, int blocks) {{\n'
-        f"    return fibres::run([&] {{ {kernel}(*args); }}, blocks, {'CLUSTER' if kernel == 'gradients' else 1});\n}}\n"
+        f"    constexpr int together = {'CLUSTER' if kernel == 'gradients' else 1};\n"
+        f"    return fibres::run([&] {{ {kernel}(*args); }}, blocks, together);\n}}\n"
         for kernel in kernels
     )
     code, library = folder / f"{name}.cpp", folder / f"{name}.so"

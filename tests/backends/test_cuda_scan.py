@@ -6,6 +6,8 @@ Everything that they allocate is filled with NaN first, so that an element which
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -116,8 +118,8 @@ def test_sequences_in_segments_agree_with_the_spec(name):
 
 
 #: Channels of three blocks, which are one cluster, and of four.
-WHOLE = {"b": 2, "d": 70, "L": 76, "N": 9, "G": 1}
-CLUSTERED = {"b": 1, "d": 128, "L": 140, "N": 16, "without": ("z",)}
+WHOLE: dict[str, Any] = {"b": 2, "d": 70, "L": 76, "N": 9, "G": 1}
+CLUSTERED: dict[str, Any] = {"b": 1, "d": 128, "L": 140, "N": 16, "without": ("z",)}
 
 
 @pytest.mark.usefixtures("poisoned", "_in_clusters")
@@ -133,21 +135,82 @@ def test_clusters_one_after_the_other_agree_with_the_spec(packed, monkeypatch):
     check(_scan_cuda.run, arguments("clusters", **CLUSTERED, packed=packed, padded=packed), torch.float32)
 
 
-#: What is left out of the general kernels, and what is put there.
-WAITS = {
-    "until the cluster's sums are there": ("        cluster_wait();\n        add_to_part", "        add_to_part"),
-    "until the cluster has read a block's sums": ("if (chunk < (block.last - 1) / CHUNK) cluster_wait();", ""),
-    "before a block ends": ("    cluster_wait();  // no block ends", "    // no block ends"),
+#: What is done to the general kernels' barriers of clusters, and what is then found: values, or what no GPU would bear.
+SUM = "        add_to_part(s.starts, p, block, part, chained == 0, begin);\n"
+BARRIERS = {
+    "sums are read before they are there": (
+        f"        cluster_wait();\n{SUM}",
+        f"{SUM}        cluster_wait();\n",
+        "exceeds|not finite",
+    ),
+    "sums are given up before they are read": (
+        f"{SUM}        __syncthreads();\n        cluster_arrive();\n",
+        f"        cluster_arrive();\n{SUM}        __syncthreads();\n",
+        "exceeds|not finite",
+    ),
+    "a block ends before its sums are read": (
+        "    cluster_wait();  // no block ends",
+        "    // no block ends",
+        "exceeds|not finite",
+    ),
+    "a wait is missing": ("if (chunk < (block.last - 1) / CHUNK) cluster_wait();", "", "twice without a wait"),
+    "an arrival is missing": (
+        "        cluster_arrive();  // this block's",
+        "        // this block's",
+        "without an arrival",
+    ),
+    "one thread passes a barrier by": (
+        "        __syncthreads();\n        cluster_arrive();  // this block's",
+        "        if (threadIdx.x) __syncthreads();\n        cluster_arrive();  // this block's",
+        "no thread can go on",
+    ),
 }
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="faults are planted in what the CPU runs")
 @pytest.mark.usefixtures("poisoned", "_in_clusters", "_few_states")
-@pytest.mark.parametrize("wait", WAITS)
-def test_a_wait_of_clusters_that_is_missing_is_found(wait, monkeypatch):
-    plant(monkeypatch, "general", *WAITS[wait])
-    with pytest.raises(AssertionError, match=r"exceeds|not finite"):
+@pytest.mark.parametrize("which", BARRIERS)
+def test_faults_in_barriers_of_clusters_are_found(which, monkeypatch):
+    good, bad, found = BARRIERS[which]
+    plant(monkeypatch, "general", good, bad)
+    with pytest.raises(AssertionError, match=found):
         check(_scan_cuda.run, arguments("whole", **WHOLE), torch.float32)
+
+
+#: What is done to the turns in which clusters add to a copy of dB and dC, and what is then found.
+TURNS = {
+    "clusters do not number themselves": (
+        "index = load_from(0, &s.index) * CLUSTER + cluster_rank();",
+        "index = blockIdx.x;",
+        "a block waits for one",
+    ),
+    "nothing says that a turn is over": (
+        "write_flag(flags + chunk * CLUSTER, chained + 1);",
+        "{}",
+        "a block waits for one",
+    ),
+    "a turn is not waited for": (
+        "if (threadIdx.x == 0) await_flag(flags + chunk * CLUSTER, chained);",
+        "",
+        "did not wait for its turn",
+    ),
+    "blocks share flags": (
+        "(unsigned*)p.counters + 1 + part_index * p.chunks * KEPT * CLUSTER + cluster_rank();",
+        "(unsigned*)p.counters + 1;",
+        "share it",
+    ),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="faults are planted in what the CPU runs")
+@pytest.mark.usefixtures("_in_clusters", "_in_segments", "_few_states")
+@pytest.mark.parametrize("which", TURNS)
+def test_faults_in_turns_of_clusters_are_found(which, monkeypatch):
+    good, bad, found = TURNS[which]
+    monkeypatch.setattr(_scan_cuda_layout, "CLUSTERS", (2,))
+    plant(monkeypatch, "general", good, bad)
+    with pytest.raises(AssertionError, match=found):
+        check(_scan_cuda.run, arguments("clusters", **CLUSTERED), torch.float32)
 
 
 def plant(monkeypatch, kernels, good, bad):

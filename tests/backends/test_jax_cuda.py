@@ -65,10 +65,11 @@ def test_equals_the_plain_engine(name: str) -> None:
 
 
 def test_all_derivatives_of_sequences_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences are cut, blocks of channels add to one copy in turn; both modes, second derivatives, vmap, remat."""
+    """Sequences are cut, clusters of blocks add to one copy in turn; both modes, second derivatives, vmap, remat."""
     monkeypatch.setattr(_scan_cuda_layout, "BLOCKS_A_PROCESSOR", {"general": 1000, "scalar": 1000})
     monkeypatch.setattr(_scan_cuda_layout, "PARTS", 1)
-    made = arguments(d=70, L=64, N=13, groups=1, given=False, dtype=jnp.float32)
+    monkeypatch.setattr(_scan_cuda_layout, "CLUSTERS", (2,))
+    made = arguments(d=102, L=72, N=13, groups=1, given=False, dtype=jnp.float32)
 
     def everything(run: Any) -> Any:
         def loss(made: Any) -> Any:
