@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 #: Where the CUDA sources are.
 FOLDER = Path(__file__).parent
@@ -64,9 +65,11 @@ class Layout:
     segment_tokens: int
     #: Blocks along the channels that add up dB and dC in each other's shared memory.
     cluster: int
+    #: Copies of dB and dC, at most.
+    copies: int
     #: Elements that a thread can load as one word along tokens, best first, and along channels.
     token_runs: tuple[int, ...]
-    channel_run: int
+    channel_run: ClassVar[int] = 8
 
     def options(
         self, element: int, gated: bool, packed: bool, owner: int, runs: tuple[int, int], narrow: bool = False
@@ -89,7 +92,7 @@ class Layout:
     @property
     def chain(self) -> int:
         """Clusters along the channels that add to one copy of dB and dC, one after the other."""
-        return -(-self.tiles // self.cluster // (PARTS if self.chunks * self.chunk >= LONG else 2 * PARTS))
+        return -(-self.tiles // self.cluster // self.copies)
 
     @property
     def parts(self) -> int:
@@ -153,6 +156,10 @@ def _scalar_bytes(warps: int, state: int, tiles: int) -> tuple[int, int]:
     return 4 * forward, -(-4 * backward // 16) * 16
 
 
+def _most_copies(length: int) -> int:
+    return PARTS if length >= LONG else 2 * PARTS
+
+
 def kept_states(scalar_A: bool, length: int, state: int) -> tuple[int, int]:
     """Tokens between two states that are kept for the backward pass, and the N that they are padded to."""
     if scalar_A:
@@ -183,8 +190,9 @@ def layout(
         segment = -(-segment // kept) * kept
     segments = -(-pieces // segment)
     cluster = next((size for size in CLUSTERS if clusters and tiles % size == 0), 1)
+    copies = _most_copies(length)
     return Layout(
-        "general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * tokens, cluster, (8, 4), 8
+        "general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * tokens, cluster, copies, (8, 4)
     )
 
 
@@ -210,4 +218,5 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: in
             choices += [(most, chunks), (most, -(-chunks // segments))]
     most, segment = min(choices, key=cost)
     along, segments = -(-tiles // most), -(-chunks // segment)
-    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, segment * chunk, 1, (4,), 8)
+    tokens, copies = segment * chunk, _most_copies(length)
+    return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, tokens, 1, copies, (4,))
