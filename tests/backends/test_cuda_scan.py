@@ -135,23 +135,25 @@ def test_clusters_one_after_the_other_agree_with_the_spec(packed, monkeypatch):
     check(_scan_cuda.run, arguments("clusters", **CLUSTERED, packed=packed, padded=packed), torch.float32)
 
 
+#: What `check` says of values that are wrong.
+WRONG_VALUES = r"exceeds|not finite"
 #: What is done to the general kernels' barriers of clusters, and what is then found: values, or what no GPU would bear.
 SUM = "        add_to_part(s.starts, p, block, part, chained == 0, begin);\n"
 BARRIERS = {
     "sums are read before they are there": (
         f"        cluster_wait();\n{SUM}",
         f"{SUM}        cluster_wait();\n",
-        "exceeds|not finite",
+        WRONG_VALUES,
     ),
     "sums are given up before they are read": (
         f"{SUM}        __syncthreads();\n        cluster_arrive();\n",
         f"        cluster_arrive();\n{SUM}        __syncthreads();\n",
-        "exceeds|not finite",
+        WRONG_VALUES,
     ),
     "a block ends before its sums are read": (
         "    cluster_wait();  // no block ends",
         "    // no block ends",
-        "exceeds|not finite",
+        WRONG_VALUES,
     ),
     "a wait is missing": ("if (chunk < (block.last - 1) / CHUNK) cluster_wait();", "", "twice without a wait"),
     "an arrival is missing": (
@@ -171,10 +173,7 @@ BARRIERS = {
 @pytest.mark.usefixtures("poisoned", "_in_clusters", "_few_states")
 @pytest.mark.parametrize("which", BARRIERS)
 def test_faults_in_barriers_of_clusters_are_found(which, monkeypatch):
-    good, bad, found = BARRIERS[which]
-    plant(monkeypatch, "general", good, bad)
-    with pytest.raises(AssertionError, match=found):
-        check(_scan_cuda.run, arguments("whole", **WHOLE), torch.float32)
+    expect_fault(monkeypatch, *BARRIERS[which], arguments("whole", **WHOLE))
 
 
 #: What is done to the turns in which clusters add to a copy of dB and dC, and what is then found.
@@ -206,11 +205,15 @@ TURNS = {
 @pytest.mark.usefixtures("_in_clusters", "_in_segments", "_few_states")
 @pytest.mark.parametrize("which", TURNS)
 def test_faults_in_turns_of_clusters_are_found(which, monkeypatch):
-    good, bad, found = TURNS[which]
     monkeypatch.setattr(_scan_cuda_layout, "CLUSTERS", (2,))
-    plant(monkeypatch, "general", good, bad)
+    expect_fault(monkeypatch, *TURNS[which], arguments("clusters", **CLUSTERED))
+
+
+def expect_fault(monkeypatch, good, bad, found, values, kernels="general", dtype=torch.float32, last=False):
+    """With ``bad`` in the place of ``good``, comparing with the spec ends in a message that has ``found``."""
+    plant(monkeypatch, kernels, good, bad)
     with pytest.raises(AssertionError, match=found):
-        check(_scan_cuda.run, arguments("clusters", **CLUSTERED), torch.float32)
+        check(_scan_cuda.run, values, dtype, last)
 
 
 def plant(monkeypatch, kernels, good, bad):
@@ -317,10 +320,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, monkeypatch):
     good, bad, name = FAULTS[fault]
-    plant(monkeypatch, "scalar" if "scalar A" in name else "general", good, bad)
-    last = CASES[name].get("last", False)
-    with pytest.raises(AssertionError, match=r"exceeds|not finite"):
-        check(_scan_cuda.run, arguments(name, **CASES[name]), torch.bfloat16 if last else torch.float32, last)
+    kernels, last = "scalar" if "scalar A" in name else "general", CASES[name].get("last", False)
+    dtype = torch.bfloat16 if last else torch.float32
+    expect_fault(monkeypatch, good, bad, WRONG_VALUES, arguments(name, **CASES[name]), kernels, dtype, last)
 
 
 def test_operator_is_registered_rightly():

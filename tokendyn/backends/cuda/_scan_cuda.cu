@@ -9,10 +9,10 @@
 // kept every KEPT chunks. dB and dC are added over the blocks of a cluster in their shared memory, then over clusters in
 // turn. Nothing is added atomically: the same input gives the same bits.
 //
-// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, CLUSTER, how many blocks one has, WHOLE, whether
-// it has all channels of a group, OWNER, how the elements of a stage are dealt to
-// threads for loading: eight side by side along tokens, along channels, or SINGLE ones; RUN and MATRIX_RUN, of how many of
-// eight tokens of an activation, and of B and C, a word can be made.
+// Compiled at run time with the common text's options, QUADS 1, 2, 4, 8, KEPT, CLUSTER, how many blocks one has, WHOLE,
+// whether it has all channels of a group, OWNER, how the elements of a stage are dealt to threads for loading: eight side
+// by side along tokens, along channels, or SINGLE ones; RUN and MATRIX_RUN, of how many of eight tokens of an activation,
+// and of B and C, a word can be made.
 
 #define WARPS 4
 #define ROWS (THREADS / QUADS)

@@ -34,7 +34,7 @@ BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
 #: the other, and chunks between two states that the general kernels keep. Shorter ones have twice as many copies, since
 #: they have more to lose by waiting, and twice as many states.
 PARTS, KEPT, LONG = 2, 4, 1024
-#: Blocks of a cluster of the general kernels, best first.
+#: Blocks of a cluster of the general kernels, best first: of seven or eight an H100 runs fewer at a time.
 CLUSTERS = (6, 4, 3, 5, 2)
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
 #: What a scan in segments costs beside one in whole sequences, which reads its input once.
