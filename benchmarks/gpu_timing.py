@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import math
 import platform
 import sys
@@ -94,11 +95,12 @@ def copy_rate() -> float:
 
 
 def installed(package: str) -> str | None:
-    """The version of ``package``, or None if it cannot be imported."""
+    """The version of ``package``, from itself or as it was installed, or None if it cannot be imported."""
     try:
-        return importlib.import_module(package).__version__
+        module = importlib.import_module(package)
     except ImportError:
         return None
+    return getattr(module, "__version__", None) or importlib.metadata.version(package)
 
 
 def command() -> str:

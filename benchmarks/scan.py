@@ -170,7 +170,7 @@ def peers(shape, given, scalar):
     if scalar and installed("fla"):
         found["fla"] = measure_gla(given)
     b, d, length, n = shape
-    if b * d * length * n * 4 <= 4 << 30 and importlib.util.find_spec("mambapy"):
+    if b * d * length * n * 4 <= 4 << 30 and installed("mambapy"):
         found["mambapy"] = measure_mambapy(given)
     return found
 
@@ -218,7 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     began = time.time()
-    report = head("cuda.bindings", "triton", "mamba_ssm", "fla")
+    report = head("cuda.bindings", "triton", "mamba_ssm", "fla", "mambapy")
     rate = report["copy_bytes_per_second"]
     print(f"{report['machine']}, copy {rate / 1e12:.2f} TB/s, {report['versions']}")
     print("case | engine | forward ms eager, graph | forward + backward ms eager, graph | peak MB | largest error")
