@@ -130,3 +130,23 @@ def check(run, values, dtype, last=False, want=None):
         assert off <= allowed, f"{key}: {off:.1e} exceeds {allowed:.1e}"
     if dtype == torch.float32:
         assert worst_token(got["y"], want["y"]) <= bound.worst_token
+
+
+def check_apart(run, values, cut):
+    """Of two packed sequences, the second from token ``cut`` on, NaN in one changes no bit of the other's outputs, last
+    state and activations' gradients."""
+    values = {key: value for key, value in values.items() if key != "initial_state"}
+    b, _, length = values["u"].shape
+    values["seq_idx"] = np.tile(np.arange(length) >= cut, (b, 1)).astype(int)
+    clean = evaluate(run, tensors(values, torch.float32, False))
+    first, second = slice(0, cut), slice(cut, length)
+    for at, spoiled, other in ((cut - 1, first, second), (1, first, second), (cut, second, first), (-1, second, first)):
+        dirty = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in values.items()}
+        for key in ("u", "delta", "B", "C", "z"):
+            dirty[key][..., at] = np.nan
+        got = evaluate(run, tensors(dirty, torch.float32, False))
+        assert torch.isnan(got["y"][..., spoiled]).any()
+        for key in ("y", "u", "delta", "z"):
+            assert torch.equal(got[key][..., other], clean[key][..., other]), f"NaN at token {at} reaches {key}"
+        if spoiled == first:
+            assert torch.equal(got["last_state"], clean["last_state"]), f"NaN at token {at} reaches the last state"

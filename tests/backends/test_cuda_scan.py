@@ -18,7 +18,7 @@ from tokendyn.backends.torch.ops import _scan_cuda
 
 from . import cuda_emulator
 from .scan_cases import CASES as SHARED
-from .scan_cases import DEVICE, arguments, check, evaluate, tensors
+from .scan_cases import DEVICE, arguments, check, check_apart, evaluate, tensors
 
 if DEVICE == "cpu" and cuda_emulator.COMPILER is None:
     pytest.skip("neither a GPU nor a C++ compiler to build the kernels for the CPU", allow_module_level=True)
@@ -264,6 +264,14 @@ def test_padding_reaches_nothing(scalar):
     assert all(torch.equal(clean[key], dirty[key]) for key in clean)
 
 
+@pytest.mark.parametrize("pieces", ["whole", "in segments"])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_packed_sequences_are_apart_even_in_what_is_not_a_number(scalar, pieces, request):
+    if pieces == "in segments":
+        request.getfixturevalue("_in_segments")
+    check_apart(_scan_cuda.run, arguments("apart", 1, 9, 300, 5, scalar=scalar), 173)
+
+
 def test_mixed_dtypes_are_computed_in_float32():
     values = arguments("mixed", 1, 3, 10, 2)
     given = tensors(values, torch.float32, False)
@@ -279,8 +287,8 @@ def test_mixed_dtypes_are_computed_in_float32():
 FAULTS = {
     "dC of the token before": ("dout[i] * before[k + 1][j]", "dout[i] * before[k][j]", "blocks of states"),
     "a reset without effect backward": (
-        "if (s.resets[t + k]) decay[k][j] = 0.0f;",
-        "",
+        "e[j] = cut(t + k) ? 0.0f : decay[k][j] * g;",
+        "e[j] = decay[k][j] * g;",
         "two lanes, packed and padded",
     ),
     "one warp's channels not added": ("warp < WARPS; warp++", "warp < WARPS - 1; warp++", "four lanes"),

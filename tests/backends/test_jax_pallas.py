@@ -74,6 +74,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("engine", ["xla", "pallas"])
+def test_packed_sequences_are_apart_even_in_what_is_not_a_number(engine: str, scalar: bool) -> None:
+    run = _scan_xla.run if engine == "xla" else functools.partial(_scan_pallas.run, tiling=SMALL)
+    length, cut = 21, 12
+    options = {"seq_idx": jnp.tile(jnp.arange(length) >= cut, (2, 1)).astype(int)}
+    made = arguments(L=length, scalar=scalar, dtype=jnp.float32)
+    (y, last), gradients = results(run, made, **options)
+    first, second = slice(0, cut), slice(cut, length)
+    for at, spoiled, other in ((cut - 1, first, second), (1, first, second), (cut, second, first), (-1, second, first)):
+        dirty = {**made, **{key: made[key].at[..., at].set(jnp.nan) for key in ("u", "delta", "B", "C", "z")}}
+        (got, end), derivatives = results(run, dirty, **options)
+        assert jnp.isnan(got[..., spoiled]).any()
+        assert jnp.array_equal(got[..., other], y[..., other])
+        for key in ("u", "delta", "B", "C", "z"):
+            assert jnp.array_equal(derivatives[key][..., other], gradients[key][..., other]), (key, at)
+        if spoiled == first:
+            assert jnp.array_equal(end, last)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_plain_engine(name: str) -> None:
     sizes, options = CASES[name]

@@ -3,6 +3,7 @@ anything, values at the edge of the dtype, memory, and how an engine is chosen."
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any
 
@@ -15,6 +16,9 @@ from tokendyn import core
 from tokendyn.backends.torch.ops import _engines, _recurrence, _scan_chunked
 from tokendyn.backends.torch.ops._recurrence import linear_recurrence
 from tokendyn.errors import EngineError, OptionError
+
+from .scan_cases import arguments as scan_arguments
+from .scan_cases import check_apart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +137,27 @@ def test_padding_reaches_nothing(engine: str, rubbish: float) -> None:
         assert torch.equal(gradient, of_clean[name]), name
         if name in ("u", "delta", "B", "C", "z"):
             assert (gradient.masked_select(padding.view(3, *[1] * (gradient.ndim - 2), 11)) == 0).all()
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.usefixtures("pieces")
+def test_packed_sequences_are_apart_even_in_what_is_not_a_number(engine: str, scalar: bool) -> None:
+    run = functools.partial(tokendyn.selective_scan, engine=engine)
+    check_apart(run, scan_arguments("apart", 2, 3, 14, 2, scalar=scalar), 8)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.*deprecated:DeprecationWarning")  # of torch's own imports
+def test_forward_mode_keeps_packed_sequences_apart() -> None:
+    given = {**arguments("bare", batch=1), "seq_idx": torch.tensor([[0] * 6 + [1] * 5])}
+    u, delta = given.pop("u"), given.pop("delta")
+    spoiled = delta.index_fill(-1, torch.tensor(3), torch.nan)
+
+    def tangent(delta: torch.Tensor) -> torch.Tensor:
+        of_delta = functools.partial(tokendyn.selective_scan, u, **given, engine="plain")
+        return torch.func.jvp(of_delta, (delta,), (torch.ones_like(delta),))[1]
+
+    assert torch.equal(tangent(spoiled)[..., 6:], tangent(delta)[..., 6:])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

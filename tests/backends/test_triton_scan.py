@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from .scan_cases import CASES, arguments, check, evaluate, tensors
+from .scan_cases import CASES, arguments, check, check_apart, evaluate, tensors
 
 # isort: split
 from tokendyn.backends.torch.ops import _scan_triton, _scan_triton_launch
@@ -58,6 +58,11 @@ def test_padding_reaches_nothing():
     given = tensors(values, torch.float32, False)
     dirty = evaluate(_scan_triton.run, given)
     assert all(torch.equal(clean[key], dirty[key]) for key in clean)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_packed_sequences_are_apart_even_in_what_is_not_a_number():
+    check_apart(_scan_triton.run, arguments("apart", 1, 2, 36, 2), 21)
 
 
 def test_second_derivative_is_an_error():

@@ -101,6 +101,23 @@ def test_splitting_a_sequence_and_carrying_the_state_is_one_pass(
 
 
 @few
+@given(options=scans(), at=st.sampled_from([0, 4]))
+def test_what_is_not_a_number_stays_in_its_packed_sequence(backend: str, options: dict[str, Any], at: int) -> None:
+    arguments = inputs(backend, "selective_scan", **settle(backend, **options), with_state=True)
+    batch = arguments["u"].shape[0]
+    arguments["seq_idx"] = array(backend, np.tile(np.arange(LENGTH) >= 5, (batch, 1)).astype(np.int64))
+    clean, last = tokendyn.selective_scan(**arguments, return_last_state=True)
+    for name in ("u", "delta", "B", "C"):
+        spoiled = numbers(backend, arguments[name]).copy()
+        spoiled[..., at] = np.nan
+        arguments[name] = array(backend, spoiled)
+    y, end = tokendyn.selective_scan(**arguments, return_last_state=True)
+    assert np.isnan(numbers(backend, y)[..., at:5]).all()
+    for found, wanted in ((y[..., 5:], clean[..., 5:]), (end, last)):
+        assert np.array_equal(numbers(backend, found), numbers(backend, wanted))
+
+
+@few
 @given(options=scans(), packed=st.booleans(), padded=st.booleans())
 def test_attention_times_input_plus_skip_is_the_scan(
     backend: str, options: dict[str, Any], packed: bool, padded: bool

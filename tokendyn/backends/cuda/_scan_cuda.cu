@@ -492,7 +492,7 @@ __device__ __forceinline__ void forward(const Args& p) {
         i64 at = lane.slot(p, block, p.segments, block.segment);
         store_state((float*)p.ends + at, h, lane);
 #pragma unroll
-        for (int j = 0; j < 4; j++) h[j] = intact ? ex2(A[j] * total) : 0.0f;
+        for (int j = 0; j < 4; j++) h[j] = intact ? ex2(A[j] * total) : -1.0f;
         store_state((float*)p.decays + at, h, lane);
     }
 }
@@ -556,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) segment_coends(const __
     i64 at = lane.slot(p, block, p.segments, block.segment);
     store_state((float*)p.ends + at, e, lane);
 #pragma unroll
-    for (int j = 0; j < 4; j++) e[j] = intact ? ex2(A[j] * total) : 0.0f;
+    for (int j = 0; j < 4; j++) e[j] = intact ? ex2(A[j] * total) : -1.0f;
     store_state((float*)p.decays + at, e, lane);
 }
 
@@ -752,6 +752,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 3) gradients(c
             step_on(h, s, lane, A, t);
         }
 
+        auto cut = [&](int t) { return PACKED && s.resets[t] != 0; };  // not a decay of 0, which what is not a number gets past
         for (int t = CHUNK - TILE; t >= 0; t -= TILE) {
             if (begin + t >= block.last) continue;  // the same in all threads
             float products[4][4];
@@ -776,10 +777,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 3) gradients(c
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
                             decay[k][j] = ex2(step[i] * A[j]);
-#if PACKED
-                            if (s.resets[t + k]) decay[k][j] = 0.0f;
-#endif
-                            before[k + 1][j] = fmaf(decay[k][j], before[k][j], inflow[i] * B[j]);
+                            before[k + 1][j] = cut(t + k) ? inflow[i] * B[j] : fmaf(decay[k][j], before[k][j], inflow[i] * B[j]);
                         }
                     }
                 }
@@ -799,8 +797,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 3) gradients(c
                         for (int j = 0; j < 4; j++) {
                             float g = fmaf(C[j], dout[i], e[j]);
                             dinflow[i] = j ? fmaf(g, B[j], dinflow[i]) : g * B[j];
-                            e[j] = decay[k][j] * g;
-                            float q = e[j] * before[k][j];  // gradient of the decay, times it
+                            e[j] = cut(t + k) ? 0.0f : decay[k][j] * g;
+                            float q = cut(t + k) ? 0.0f : e[j] * before[k][j];  // gradient of the decay, times it
                             dstep[i] = j ? fmaf(q, A[j], dstep[i]) : q * A[j];
                             dA[j] = fmaf(q, step[i], dA[j]);
 #if GATED

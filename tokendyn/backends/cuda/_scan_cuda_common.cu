@@ -123,7 +123,8 @@ __device__ __forceinline__ bool begins(const Args& p, int batch, int t, int stop
     return t > 0 && t < stop && t < p.length && row[t] != row[t - 1];
 }
 
-// States between segments, slots (b, segments + 1, d, STATE), from the first on (`backwards`: from the last on).
+// States between segments, slots (b, segments + 1, d, STATE), from the first on (`backwards`: from the last on). The decay
+// across a segment is negative where a packed sequence begins in it: what was before does not reach the end, not even as NaN.
 extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid_constant__ Args p) {
     i64 size = p.channels * STATE, index = blockIdx.x * (i64)THREADS + threadIdx.x;
     if (index >= p.batch * size) return;
@@ -134,7 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid
     slots[p.backwards ? p.segments * size : 0] = h;
     for (i64 k = 0; k + 1 < p.segments; k++) {
         i64 segment = p.backwards ? p.segments - 1 - k : k, part = (batch * p.segments + segment) * size + at;
-        h = fmaf(((const float*)p.decays)[part], h, ((const float*)p.ends)[part]);
+        float decay = ((const float*)p.decays)[part], end = ((const float*)p.ends)[part];
+        h = decay < 0.0f ? end : fmaf(decay, h, end);
         slots[(p.backwards ? segment : segment + 1) * size] = h;
     }
 }

@@ -50,6 +50,21 @@ __device__ __forceinline__ unsigned find_resets(const Args& p, const Block& bloc
 // Whether token s is of the same packed sequence as token t >= s.
 __device__ __forceinline__ bool together(unsigned resets, int s, int t) { return (resets >> (s + 1) & ((1u << (t - s)) - 1)) == 0; }
 
+// B's tokens that reach the chunk's end, or C's that its start reaches: the others' factors are 0, which what is not a number
+// would get past.
+template <bool TO_END>
+__device__ __forceinline__ Right<2, NT> only_together(Right<2, NT> by_token, unsigned resets) {
+#if PACKED
+    int q = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (!(TO_END ? together(resets, 4 * q + i, CHUNK - 1) : together(resets, -1, 4 * q + i)))
+#pragma unroll
+            for (int j = 0; j < NT; j++) by_token.v[i / 2][j][i % 2] = 0.0f;
+#endif
+    return by_token;
+}
+
 __device__ __forceinline__ float add_over_quad(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
@@ -208,7 +223,7 @@ __device__ __forceinline__ float join_chunks(float* states, const float (&decays
         states[warp * PITCH + entry] = !OPERANDS ? h : exact_operand(BACKWARDS ? h * scale[warp] : h);
 #if PACKED
         h = decay < 0.0f ? local : fmaf(decay, h, local);
-        if (across) *across = decay < 0.0f ? 0.0f : *across * decay;
+        if (across) *across = decay < 0.0f || *across < 0.0f ? -1.0f : *across * decay;
 #else
         h = fmaf(decay, h, local);
         if (across) *across *= decay;
@@ -308,6 +323,7 @@ __device__ __forceinline__ void forward(const Args& p) {
             products.each([&](float& v, int h, int i) { M.v[i / 2][h][i % 2] = 4 * q + i <= column<2>(g, h) ? operand(v) : 0.0f; });
         }
         unsigned resets = find_resets(p, block, start);
+        B_by_token = only_together<true>(B_by_token, resets);
         Kept* kept = block.slot<Kept>(p, p.states, p.chunks, span / SPAN);
         if (span + SPAN < block.last) {
             B.load(p, span + SPAN);

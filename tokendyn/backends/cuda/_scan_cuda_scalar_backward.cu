@@ -41,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) segment_coends(con
         Right<NT, 2> C_by_n;
         C.turn(C_by_token, C_by_n, scratch, block.stop - start);
         unsigned resets = find_resets(p, block, start);
+        C_by_token = only_together<false>(C_by_token, resets);
         if (span > block.first) C.load(p, span - SPAN);
         for (int tile = 0; tile < block.tiles; tile++) {
             Tokens dout;
@@ -258,11 +259,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gradients(const __
                 State local;
                 __syncwarp();  // the tile before is read
                 local.clear();
-                multiply(local, sent, by_token<NT>(own.B, STATE_PITCH));
+                multiply(local, sent, only_together<true>(by_token<NT>(own.B, STATE_PITCH), resets));
                 local.each([&](float& v, int h, int i) { v *= scale[h]; });
                 local.write(own.states, STATE);
                 local.clear();
-                multiply(local, received, by_token<NT>(own.C, STATE_PITCH));
+                multiply(local, received, only_together<false>(by_token<NT>(own.C, STATE_PITCH), resets));
                 local.write(own.costates, STATE);
             }
             if (q == 0)

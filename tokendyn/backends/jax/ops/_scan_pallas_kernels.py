@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 
 
-def _decay(step: Any, A: jax.Array, kept: Any, l: Any) -> jax.Array:
-    """``exp(Δ_l A)``, the factor between the states before and after token l: (channels, N or 1)."""
-    a = jnp.exp(step[l, :][:, None] * A)
-    return a if kept is None else a * kept[l]
+def _passed(h: jax.Array, step: Any, A: jax.Array, kept: Any, l: Any) -> jax.Array:
+    """What token l takes over of the state before it, ``exp(Δ_l A) h``, or gives back of a gradient: (channels, N).
+
+    Nothing where a sequence begins, not even what is no number, which a factor of 0 would pass on.
+    """
+    a = jnp.exp(step[l, :][:, None] * A) * h
+    return a if kept is None else jnp.where(kept[l] == 0, jnp.zeros_like(a), a)
 
 
 def _outer(x: jax.Array, B: jax.Array) -> jax.Array:
@@ -38,7 +41,7 @@ def ends(step: Any, u: Any, A: Any, B: Any, kept: Any, end: Any) -> None:
     rates = A[...]
 
     def token(l: Any, h: jax.Array) -> jax.Array:
-        return _decay(step, rates, kept, l) * h + _outer(_inflow(step, u, l), B[l, :])
+        return _passed(h, step, rates, kept, l) + _outer(_inflow(step, u, l), B[l, :])
 
     end[...] = jax.lax.fori_loop(0, step.shape[0], token, jnp.zeros(end.shape, end.dtype))
 
@@ -49,7 +52,7 @@ def reverse_ends(step: Any, dy: Any, A: Any, C: Any, kept: Any, end: Any) -> Non
 
     def token(i: Any, e: jax.Array) -> jax.Array:
         l = size - 1 - i
-        return _decay(step, rates, kept, l) * (e + _outer(dy[l, :], C[l, :]))
+        return _passed(e + _outer(dy[l, :], C[l, :]), step, rates, kept, l)
 
     end[...] = jax.lax.fori_loop(0, size, token, jnp.zeros(end.shape, end.dtype))
 
@@ -72,7 +75,7 @@ def carry(total: Any, A: Any, kept: Any, end: Any, first: Any, before: Any, last
     def chunk(i: Any, h: jax.Array) -> jax.Array:
         k = chunks - 1 - i if reverse else i
         before[k, :, :] = h
-        return _decay(total, rates, kept, k) * h + end[k, :, :]
+        return _passed(h, total, rates, kept, k) + end[k, :, :]
 
     last[...] = jax.lax.fori_loop(0, chunks, chunk, first[...])
 
@@ -82,7 +85,7 @@ def outputs(step: Any, u: Any, A: Any, B: Any, C: Any, kept: Any, before: Any, y
     rates = A[...]
 
     def token(l: Any, h: jax.Array) -> jax.Array:
-        h = _decay(step, rates, kept, l) * h + _outer(_inflow(step, u, l), B[l, :])
+        h = _passed(h, step, rates, kept, l) + _outer(_inflow(step, u, l), B[l, :])
         y[l, :] = jnp.sum(h * C[l, :][None, :], axis=1)
         return h
 
@@ -99,7 +102,7 @@ def tile_states(step: Any, u: Any, A: Any, B: Any, kept: Any, before: Any, state
 
         def token(k: Any, h: jax.Array) -> jax.Array:
             l = t * size + k
-            return _decay(step, rates, kept, l) * h + _outer(_inflow(step, u, l), B[l, :])
+            return _passed(h, step, rates, kept, l) + _outer(_inflow(step, u, l), B[l, :])
 
         return jax.lax.fori_loop(0, size, token, h)
 
@@ -132,7 +135,7 @@ def gradients(
         path = [states[t, :, :]]
         for k in range(size):
             l = t * size + k
-            path.append(_decay(step, rates, kept, l) * path[-1] + _outer(_inflow(step, u, l), B[l, :]))
+            path.append(_passed(path[-1], step, rates, kept, l) + _outer(_inflow(step, u, l), B[l, :]))
         for k in reversed(range(size)):
             l = t * size + k
             g = e + _outer(dy[l, :], C[l, :])
@@ -140,8 +143,8 @@ def gradients(
             du[l, :] = step[l, :] * v
             dB[l, :] = jnp.sum(g * _inflow(step, u, l)[:, None], axis=0)
             dC[l, :] = jnp.sum(path[k + 1] * dy[l, :][:, None], axis=0)
-            e = _decay(step, rates, kept, l) * g
-            w = e * path[k]
+            e = _passed(g, step, rates, kept, l)
+            w = e * path[k] if kept is None else jnp.where(kept[l] == 0, jnp.zeros_like(e), e * path[k])
             dstep[l, :] = u[l, :].astype(step.dtype) * v + jnp.sum(w * rates, axis=1)
             dA_sum = dA_sum + w * step[l, :][:, None]
         return e, dA_sum

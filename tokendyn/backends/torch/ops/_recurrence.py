@@ -28,7 +28,7 @@ _SHORTEST_IN_BLOCKS = 48
 
 
 def linear_recurrence(
-    a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None = None, *, transposed: bool = False
+    a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None = None, *, transposed: bool = False, cuts: bool = False
 ) -> torch.Tensor:
     """Solve one of the two recurrences above along axis 0. Differentiable to any order.
 
@@ -37,6 +37,7 @@ def linear_recurrence(
         x: (L, ...) additive terms, of the same number of axes and dtype.
         h0: (...) the state before the first token; forward form only.
         transposed: the second form of the two. It does not read ``a[0]``.
+        cuts: where a is 0 nothing is passed on, not even what is infinite or NaN, and a has no gradient.
 
     Returns:
         (L, ...) all states, in the shape of x.
@@ -44,10 +45,10 @@ def linear_recurrence(
     Cost:
         O(L) products; L steps, or about 3 sqrt(L) where a step is too small to keep the device busy.
     """
-    return _Recurrence.call(a, x, h0, transposed)
+    return _Recurrence.call(a, x, h0, transposed, cuts)
 
 
-def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool, cuts: bool) -> torch.Tensor:
     """Block by block: first every block from a zero state, all blocks in lockstep, and beside it the products
     ``reach`` of the factors between the state before the block and each place; then the true states are handed
     from block to block. With a single block this is the plain loop.
@@ -57,6 +58,10 @@ def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
     reach = torch.empty_like(a, memory_format=torch.contiguous_format) if block < length else None
     toward = 1 if transposed else -1
+
+    def passed(h: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return torch.where(factor == 0, 0.0, h) if cuts else h
+
     for i in range(block):
         # The i-th place of every block, seen in the direction of the recurrence; blocks are counted from where it
         # starts. The block that comes first needs no reach.
@@ -68,19 +73,19 @@ def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed
             if reach is not None:
                 reach[here][: len(factor)] = factor
         else:
-            torch.addcmul(x[here], factor, h[before], out=h[here])
+            torch.addcmul(x[here], factor, passed(h[before], factor), out=h[here])
             if reach is not None:
-                torch.mul(factor, reach[before], out=reach[here])
+                torch.mul(factor, passed(reach[before], factor), out=reach[here])
         if i == 0 and h0 is not None:
             h[0].addcmul_(a[0], h0)
     if reach is not None and transposed:
         for stop in range(length - block, 0, -block):
             span = slice(max(stop - block, 0), stop)
-            h[span].addcmul_(reach[span], h[stop])
+            h[span].addcmul_(reach[span], passed(h[stop], reach[span]))
     elif reach is not None:
         for start in range(block, length, block):
             span = slice(start, start + block)
-            h[span].addcmul_(reach[span], h[start - 1])
+            h[span].addcmul_(reach[span], passed(h[start - 1], reach[span]))
     return h
 
 
@@ -97,35 +102,38 @@ _solve_as_one_node = torch.library.custom_op(
     "tokendyn::linear_recurrence",
     _solve,
     mutates_args=(),
-    schema="(Tensor a, Tensor x, Tensor? h0, bool transposed) -> Tensor",
+    schema="(Tensor a, Tensor x, Tensor? h0, bool transposed, bool cuts) -> Tensor",
 )
 
 
 @_solve_as_one_node.register_fake
-def _(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+def _(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool, cuts: bool) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class _Recurrence(Function):
     @staticmethod
-    def forward(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+    def forward(
+        a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed: bool, cuts: bool
+    ) -> torch.Tensor:
         solve = _solve_as_one_node if torch.compiler.is_compiling() else _solve
-        return solve(a, x, h0, transposed)
+        return solve(a, x, h0, transposed, cuts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        a, _, h0, ctx.transposed = inputs
+        a, _, h0, ctx.transposed, ctx.cuts = inputs
         ctx.save_for_backward(a, h0, output)
         ctx.save_for_forward(a, h0, output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         a, h0, h = ctx.saved_tensors
-        g = linear_recurrence(a, cotangents[0], transposed=not ctx.transposed)
+        g = linear_recurrence(a, cotangents[0], transposed=not ctx.transposed, cuts=ctx.cuts)
         da = None
         if ctx.needs_input_grad[0]:
             da = _sum_to(_before(g, None) * h if ctx.transposed else g * _before(h, h0), a.shape)
-        return da, g, None if h0 is None else a[0] * g[0], None
+            da = torch.where(a == 0, 0.0, da) if ctx.cuts else da
+        return da, g, None if h0 is None else a[0] * g[0], None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, int]:
@@ -134,20 +142,23 @@ class _Recurrence(Function):
             value = value.unsqueeze(at) if dim is None else value.movedim(dim, at)
             return value.expand(*value.shape[:at], info.batch_size, *value.shape[at + 1 :]) if spread else value
 
-        a, x, h0, transposed = inputs
+        a, x, h0, transposed, cuts = inputs
         a = place(a, in_dims[0], 1, spread=False)
         x = place(x, in_dims[1], 1, spread=True)
         h0 = None if h0 is None else place(h0, in_dims[2], 0, spread=True)
-        return linear_recurrence(a, x, h0, transposed=transposed), 1
+        return linear_recurrence(a, x, h0, transposed=transposed, cuts=cuts), 1
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> torch.Tensor:
         a, h0, h = ctx.saved_tensors
-        da, dx, dh0, _ = tangents
+        da, dx, dh0, *_ = tangents
         source = torch.zeros_like(h) if dx is None else dx
         if da is not None:
-            source = source + (_after(h * da) if ctx.transposed else _before(h, h0) * da)
-        return linear_recurrence(a, source, dh0, transposed=ctx.transposed)
+            change = _after(h) * _after(da) if ctx.transposed else _before(h, h0) * da
+            if ctx.cuts:
+                change = torch.where((_after(a) if ctx.transposed else a) == 0, 0.0, change)
+            source = source + change
+        return linear_recurrence(a, source, dh0, transposed=ctx.transposed, cuts=ctx.cuts)
 
 
 def _before(h: torch.Tensor, h0: torch.Tensor | None) -> torch.Tensor:

@@ -52,12 +52,19 @@ class _Chunks:
         per_token = r.B[0].numel() * channels
         self.r = r
         self.size = min(length, max(_SHORTEST_CHUNK, _CHUNK_ELEMENTS // per_token))
+        self.begun = [False] * length if r.resets is None else r.resets.flatten(1).any(1).tolist()
         self.decay = r.step.new_empty(self.size, *rest[:-1], r.A.shape[1], channels)
         self.states = r.step.new_empty(self.size, *rest, channels)
 
     def spans(self) -> Iterator[slice]:
         for start in range(0, len(self.r.step), self.size):
             yield slice(start, min(start + self.size, len(self.r.step)))
+
+    def passed(self, l: int, h: torch.Tensor) -> torch.Tensor:
+        """What token l takes over of the state before it, or gives back of a gradient: nothing where a sequence begins,
+        not even what is no number, which a decay of 0 would pass on."""
+        resets = self.r.resets
+        return h if resets is None or not self.begun[l] else h.masked_fill(resets[l], 0.0)
 
     def run(self, span: slice, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """exp(Δ A) and all states of a chunk, from the state before it."""
@@ -66,8 +73,8 @@ class _Chunks:
         if r.resets is not None:
             decay.masked_fill_(r.resets[span], 0.0)
         states = torch.mul(r.v[span], r.B[span], out=self.states[:count])
-        for a, state in zip(decay.unbind(), states.unbind(), strict=True):
-            h = state.addcmul_(a, h)
+        for l, a, state in zip(range(span.start, span.stop), decay.unbind(), states.unbind(), strict=True):
+            h = state.addcmul_(a, self.passed(l, h))
         return decay, states
 
 
@@ -133,13 +140,15 @@ def _vjp(
             g[-1].add_(carried)
         places = g.unbind()
         for l in range(count - 1, 0, -1):
-            places[l - 1].addcmul_(decay[l], places[l])
-        carried = decay[0] * places[0]
+            places[l - 1].addcmul_(decay[l], chunks.passed(span.start + l, places[l]))
+        carried = decay[0] * chunks.passed(span.start, places[0])
         torch.matmul(states, dy[span].mT, out=dC[span])
         torch.matmul(g, r.v[span].mT, out=dB[span])
         torch.matmul(r.B[span].mT, g, out=dv[span])
         g[1:].mul_(states[:-1])
         g[0].mul_(h)
+        if r.resets is not None:
+            g.masked_fill_(r.resets[span], 0.0)
         q = decay.mul_(g) if A.shape[1] == g.shape[-2] else decay.mul_(g.sum(-2, keepdim=True))
         torch.sum(torch.mul(q, A, out=gradients[:count, ..., : A.shape[1], :]), -2, keepdim=True, out=dstep[span])
         dA += q.mul_(r.step[span]).sum((0, 1))

@@ -73,7 +73,7 @@ def solve_plainly(r: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
     exponent = r.step * r.A
     if r.resets is not None:
         exponent = exponent.masked_fill(r.resets, -torch.inf)
-    h = linear_recurrence(exponent.exp(), r.v * r.B, r.h0)
+    h = linear_recurrence(exponent.exp(), r.v * r.B, r.h0, cuts=r.resets is not None)
     return (r.C * h).sum(-2, keepdim=True), h[-1]
 
 

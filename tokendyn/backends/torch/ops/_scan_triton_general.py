@@ -101,7 +101,7 @@ def chunk_states(
         for n in range(state):
             tl.store(work + n * ROWS, tl.zeros([ROWS], tl.float32))
         total = tl.zeros([ROWS], tl.float32)
-        intact = 1.0
+        intact = 1
         for tile in range(TILES):
             start = (chunk * TILES + tile) * STEPS
             if start < stop:
@@ -111,7 +111,7 @@ def chunk_states(
                 total += tl.sum(step, axis=1)
                 if seq_idx is not None:
                     keep = kept(seq_idx + batch * length, start, stop)
-                    intact = tl.minimum(intact, tl.min(keep))
+                    intact = tl.minimum(intact, tl.min(tl.where(keep, 1, 0)))
                 for n in range(0, state, UNROLL):
                     A_rows = _fetch(A + n * A_n + rows, A_n, exists, UNROLL)
                     entering = _fetch(work + n * ROWS, ROWS, every, UNROLL)
@@ -122,14 +122,16 @@ def chunk_states(
                             B_tile = tl.where(valid, B_tile, 0.0)
                         a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                         if seq_idx is not None:
-                            a *= keep
-                        leaving = leaving + (advance(a, inflow * B_tile, entering[i])[2],)
+                            a = tl.where(keep, a, 0.0)
+                        leaving = leaving + (advance(a, inflow * B_tile, entering[i], seq_idx is not None)[2],)
                     _put(work + n * ROWS, leaving, UNROLL)
         at = (batch * chunks + chunk) * state * channels + rows
         for n in range(state):
             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
             tl.store(ends + at + n * channels, tl.load(work + n * ROWS), mask=exists)
-            tl.store(decays + at + n * channels, tl.exp2(A_row * LOG2E * total) * intact, mask=exists)
+            tl.store(
+                decays + at + n * channels, tl.where(intact == 1, tl.exp2(A_row * LOG2E * total), 0.0), mask=exists
+            )
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def chunk_costates(
         for n in range(state):
             tl.store(work + n * ROWS, tl.zeros([ROWS], tl.float32))
         total = tl.zeros([ROWS], tl.float32)
-        intact = 1.0
+        intact = 1
         for backwards in range(TILES):
             start = (chunk * TILES + TILES - 1 - backwards) * STEPS
             if start < stop:
@@ -170,7 +172,7 @@ def chunk_costates(
                 total += tl.sum(step, axis=1)
                 if seq_idx is not None:
                     keep = kept(seq_idx + batch * length, start, stop)
-                    intact = tl.minimum(intact, tl.min(keep))
+                    intact = tl.minimum(intact, tl.min(tl.where(keep, 1, 0)))
                 for n in range(0, state, UNROLL):
                     A_rows = _fetch(A + n * A_n + rows, A_n, exists, UNROLL)
                     entering = _fetch(work + n * ROWS, ROWS, every, UNROLL)
@@ -181,20 +183,22 @@ def chunk_costates(
                             C_tile = tl.where(valid, C_tile, 0.0)
                         a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                         if seq_idx is not None:
-                            a *= keep
-                        leaving = leaving + (retreat(a, dout * C_tile, entering[i])[1],)
+                            a = tl.where(keep, a, 0.0)
+                        leaving = leaving + (retreat(a, dout * C_tile, entering[i], seq_idx is not None)[1],)
                     _put(work + n * ROWS, leaving, UNROLL)
         at = (batch * chunks + chunk) * state * channels + rows
         for n in range(state):
             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
             tl.store(ends + at + n * channels, tl.load(work + n * ROWS), mask=exists)
-            tl.store(decays + at + n * channels, tl.exp2(A_row * LOG2E * total) * intact, mask=exists)
+            tl.store(
+                decays + at + n * channels, tl.where(intact == 1, tl.exp2(A_row * LOG2E * total), 0.0), mask=exists
+            )
 
 
 @triton.jit
 def _then(p, x, q, y):
-    """The map h -> p h + x followed by h -> q h + y."""
-    return p * q, q * x + y
+    """The map h -> p h + x followed by h -> q h + y. Nothing gets past a q of 0, not even what is no number."""
+    return tl.where(q == 0.0, 0.0, p * q), tl.where(q == 0.0, y, q * x + y)
 
 
 @triton.jit
@@ -224,7 +228,7 @@ def pass_states(
         p = tl.load(decays + where, mask=mask, other=1.0)
         x = tl.load(ends + where, mask=mask, other=0.0)
         p, x = tl.associative_scan((p, x), 0, _then)
-        after = p * h[None, :] + x
+        after = tl.where(p == 0.0, x, p * h[None, :] + x)
         slot = slots[None, :] + (index if BACKWARDS else index + 1)[:, None] * size
         tl.store(slot, after, mask=mask)
         h = tl.sum(tl.where((step == AT_ONCE - 1)[:, None], after, 0.0), axis=0)
@@ -280,8 +284,8 @@ def outputs(
                             C_tile = tl.where(valid, C_tile, 0.0)
                         a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                         if seq_idx is not None:
-                            a *= keep
-                        states_of_n = advance(a, inflow * B_tile, entering[i])
+                            a = tl.where(keep, a, 0.0)
+                        states_of_n = advance(a, inflow * B_tile, entering[i], seq_idx is not None)
                         leaving = leaving + (states_of_n[2],)
                         out += states_of_n[1] * C_tile
                     _put(work + n * ROWS, leaving, UNROLL)
@@ -369,8 +373,8 @@ def gradients(
                                     B_tile = tl.where(valid, B_tile, 0.0)
                                 a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                                 if seq_idx is not None:
-                                    a *= keep
-                                leaving = leaving + (advance(a, inflow * B_tile, entering[i])[2],)
+                                    a = tl.where(keep, a, 0.0)
+                                leaving = leaving + (advance(a, inflow * B_tile, entering[i], seq_idx is not None)[2],)
                             _put(tile_states + ((tile + 1) * state + n) * ROWS, leaving, UNROLL)
                 sum_D = tl.zeros([ROWS], tl.float32)
                 sum_bias = tl.zeros([ROWS], tl.float32)
@@ -413,11 +417,13 @@ def gradients(
                                         C_tile = tl.where(valid, C_tile, 0.0)
                                     a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                                     if seq_idx is not None:
-                                        a *= keep
-                                    before, after, _last = advance(a, inflow * B_tile, entering[i])
-                                    g, e = retreat(a, dout * C_tile, arriving[i])
+                                        a = tl.where(keep, a, 0.0)
+                                    before, after, _last = advance(a, inflow * B_tile, entering[i], seq_idx is not None)
+                                    g, e = retreat(a, dout * C_tile, arriving[i], seq_idx is not None)
                                     leaving = leaving + (e,)
                                     q = g * a * before
+                                    if seq_idx is not None:
+                                        q = tl.where(keep, q, 0.0)
                                     dstep += q * A_rows[i][:, None]
                                     dinflow += g * B_tile
                                     if z is not None:

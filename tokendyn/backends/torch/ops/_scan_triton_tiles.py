@@ -143,42 +143,53 @@ def sigmoid(v):
 
 @triton.jit
 def kept(seq_idx, start, stop):
-    """(1, 16): 0 where a packed sequence begins and the state is reset, else 1. ``seq_idx`` points at a row."""
+    """(1, 16) false where a packed sequence begins and the state is reset. ``seq_idx`` points at a row."""
     at = start + tl.arange(0, STEPS)
     inside = (at > 0) & (at < stop)
     here = tl.load(seq_idx + at, mask=inside, other=0)
     before = tl.load(seq_idx + at - 1, mask=inside, other=0)
-    return tl.where(here == before, 1.0, 0.0)[None, :]
+    return (here == before)[None, :]
 
 
 @triton.jit
-def advance(a, x, h):
-    """h <- a_k h + x_k over the tile. Returns the states before each token, after each token, and the last."""
+def _passed(a, h, CUTS: tl.constexpr):
+    """a h; with CUTS 0 where a is, though h be no number."""
+    if CUTS:
+        h = tl.where(a == 0.0, 0.0, h)
+    return a * h
+
+
+@triton.jit
+def advance(a, x, h, CUTS: tl.constexpr):
+    """h <- a_k h + x_k over the tile; CUTS as in :func:`_passed`.
+
+    Returns the states before each token, after each token, and the last.
+    """
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15 = unpack(a)
     x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = unpack(x)
-    h0 = a0 * h + x0
-    h1 = a1 * h0 + x1
-    h2 = a2 * h1 + x2
-    h3 = a3 * h2 + x3
-    h4 = a4 * h3 + x4
-    h5 = a5 * h4 + x5
-    h6 = a6 * h5 + x6
-    h7 = a7 * h6 + x7
-    h8 = a8 * h7 + x8
-    h9 = a9 * h8 + x9
-    h10 = a10 * h9 + x10
-    h11 = a11 * h10 + x11
-    h12 = a12 * h11 + x12
-    h13 = a13 * h12 + x13
-    h14 = a14 * h13 + x14
-    h15 = a15 * h14 + x15
+    h0 = _passed(a0, h, CUTS) + x0
+    h1 = _passed(a1, h0, CUTS) + x1
+    h2 = _passed(a2, h1, CUTS) + x2
+    h3 = _passed(a3, h2, CUTS) + x3
+    h4 = _passed(a4, h3, CUTS) + x4
+    h5 = _passed(a5, h4, CUTS) + x5
+    h6 = _passed(a6, h5, CUTS) + x6
+    h7 = _passed(a7, h6, CUTS) + x7
+    h8 = _passed(a8, h7, CUTS) + x8
+    h9 = _passed(a9, h8, CUTS) + x9
+    h10 = _passed(a10, h9, CUTS) + x10
+    h11 = _passed(a11, h10, CUTS) + x11
+    h12 = _passed(a12, h11, CUTS) + x12
+    h13 = _passed(a13, h12, CUTS) + x13
+    h14 = _passed(a14, h13, CUTS) + x14
+    h15 = _passed(a15, h14, CUTS) + x15
     before = pack(h, h0, h1, h2, h3, h4, h5, h6, h7, h8, h9, h10, h11, h12, h13, h14)
     after = pack(h0, h1, h2, h3, h4, h5, h6, h7, h8, h9, h10, h11, h12, h13, h14, h15)
     return before, after, h15
 
 
 @triton.jit
-def retreat(a, c, e):
+def retreat(a, c, e, CUTS: tl.constexpr):
     """g_k = c_k + e_{k+1}, e_k = a_k g_k, from the last token to the first; e enters from the right.
 
     Returns the g of every token (the gradient of the state after it) and e_0.
@@ -186,19 +197,19 @@ def retreat(a, c, e):
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15 = unpack(a)
     c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15 = unpack(c)
     g15 = c15 + e
-    g14 = c14 + a15 * g15
-    g13 = c13 + a14 * g14
-    g12 = c12 + a13 * g13
-    g11 = c11 + a12 * g12
-    g10 = c10 + a11 * g11
-    g9 = c9 + a10 * g10
-    g8 = c8 + a9 * g9
-    g7 = c7 + a8 * g8
-    g6 = c6 + a7 * g7
-    g5 = c5 + a6 * g6
-    g4 = c4 + a5 * g5
-    g3 = c3 + a4 * g4
-    g2 = c2 + a3 * g3
-    g1 = c1 + a2 * g2
-    g0 = c0 + a1 * g1
-    return pack(g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15), a0 * g0
+    g14 = c14 + _passed(a15, g15, CUTS)
+    g13 = c13 + _passed(a14, g14, CUTS)
+    g12 = c12 + _passed(a13, g13, CUTS)
+    g11 = c11 + _passed(a12, g12, CUTS)
+    g10 = c10 + _passed(a11, g11, CUTS)
+    g9 = c9 + _passed(a10, g10, CUTS)
+    g8 = c8 + _passed(a9, g9, CUTS)
+    g7 = c7 + _passed(a8, g8, CUTS)
+    g6 = c6 + _passed(a7, g7, CUTS)
+    g5 = c5 + _passed(a6, g6, CUTS)
+    g4 = c4 + _passed(a5, g5, CUTS)
+    g3 = c3 + _passed(a4, g4, CUTS)
+    g2 = c2 + _passed(a3, g3, CUTS)
+    g1 = c1 + _passed(a2, g2, CUTS)
+    g0 = c0 + _passed(a1, g1, CUTS)
+    return pack(g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15), _passed(a0, g0, CUTS)
