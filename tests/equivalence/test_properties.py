@@ -115,6 +115,11 @@ def test_what_is_not_a_number_stays_in_its_packed_sequence(backend: str, options
     assert np.isnan(numbers(backend, y)[..., at:5]).all()
     for found, wanted in ((y[..., 5:], clean[..., 5:]), (end, last)):
         assert np.array_equal(numbers(backend, found), numbers(backend, wanted))
+    of_attention = ("delta", "A", "B", "C", "delta_bias", "delta_softplus", "seq_idx")
+    attention = tokendyn.hidden_attention(**{name: arguments[name] for name in of_attention if name in arguments})
+    second = np.arange(LENGTH) >= 5
+    seen = np.tril(second[:, None] == second)
+    assert (numbers(backend, attention)[..., ~seen] == 0).all()
 
 
 @few

@@ -117,7 +117,7 @@ def selective_scan(
             receives it.
         return_last_state: also return the state after the last token.
         seq_idx: (b, L) integers, optional: several sequences packed end to end. The state is reset to 0
-            wherever the value differs from the one before it.
+            wherever the value differs from the one before it: nothing passes on, not even infinity or NaN.
         lengths: (b,) integers in [0, L], optional: right-padded sequences. Tokens at and past the length
             leave the state as it is and give y = 0; no gradient reaches them.
         engine: ``"auto"`` or the name of one engine of the backend.
