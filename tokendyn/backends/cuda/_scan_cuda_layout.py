@@ -32,8 +32,9 @@ STATE = 32
 BLOCKS_A_PROCESSOR = {"general": 3, "scalar": 4}
 #: For memory's sake, in sequences from some length on: copies of dB and dC that clusters of blocks add to, one after
 #: the other, and chunks between two states that the general kernels keep. Shorter ones have twice as many copies, since
-#: they have more to lose by waiting, and twice as many states.
-PARTS, KEPT, LONG = 2, 4, 1024
+#: they have more to lose by waiting, and twice as many states. For PART_ROWS channels more, times N, there is one more
+#: copy: beside the activations of so many it takes no more memory.
+PARTS, PART_ROWS, KEPT, LONG = 2, 48, 4, 1024
 #: Blocks of a cluster of the general kernels, best first: of seven or eight an H100 runs fewer at a time.
 CLUSTERS = (6, 4, 3, 5, 2)
 _TEXTS = {"general": ("_common", ""), "scalar": ("_common", "_tiles", "_scalar", "_scalar_backward")}
@@ -156,8 +157,9 @@ def _scalar_bytes(warps: int, state: int, tiles: int) -> tuple[int, int]:
     return 4 * forward, -(-4 * backward // 16) * 16
 
 
-def _most_copies(length: int) -> int:
-    return PARTS if length >= LONG else 2 * PARTS
+def _most_copies(group_size: int, length: int, state: int) -> int:
+    most = max(PARTS, group_size // (PART_ROWS * state))
+    return most if length >= LONG else 2 * most
 
 
 def kept_states(scalar_A: bool, length: int, state: int) -> tuple[int, int]:
@@ -190,7 +192,7 @@ def layout(
         segment = -(-segment // kept) * kept
     segments = -(-pieces // segment)
     cluster = next((size for size in CLUSTERS if clusters and tiles % size == 0), 1)
-    copies = _most_copies(length)
+    copies = _most_copies(group_size, length, state)
     return Layout(
         "general", 128, padded, chunk, chunks, block_rows, tiles, segments, segment * tokens, cluster, copies, (8, 4)
     )
@@ -218,5 +220,5 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, blocks: in
             choices += [(most, chunks), (most, -(-chunks // segments))]
     most, segment = min(choices, key=cost)
     along, segments = -(-tiles // most), -(-chunks // segment)
-    tokens, copies = segment * chunk, _most_copies(length)
+    tokens, copies = segment * chunk, _most_copies(group_size, length, state)
     return Layout("scalar", 32 * warps, padded, chunk, chunks, 16 * most, along, segments, tokens, 1, copies, (4,))
