@@ -38,7 +38,7 @@ VARIANTS = {
 
 def layout(variant: str, clusters: bool) -> _scan_cuda_layout.Layout:
     scalar_A, length, state = VARIANTS[variant][:3]
-    return _scan_cuda_layout.layout(scalar_A, 8, 1, 1536, length, state, 132, 4, clusters)
+    return _scan_cuda_layout.layout(scalar_A, 8, 1, 1536, length, state, 132, 4, clusters, backward=False)
 
 
 #: What NVIDIA's compiler 13.0 makes of ``max(0, min(n, x)) == n`` on an H100: a clamp that leaves two answers in one
@@ -116,7 +116,7 @@ def test_every_kernel_of_softsort_is_compiled_and_fits(capability, length, eleme
 @pytest.mark.parametrize("scalar_A", [False, True])
 @pytest.mark.parametrize("state", [1, 8, 16, 32])
 def test_every_state_fits_into_shared_memory(state, scalar_A):
-    layout = _scan_cuda_layout.layout(scalar_A, 8, 1, 1536, 2048, state, 108, 4, clusters=False)
+    layout = _scan_cuda_layout.layout(scalar_A, 8, 1, 1536, 2048, state, 108, 4, clusters=False, backward=True)
     assert max(layout.shared_bytes(gated=True)) <= SHARED
 
 

@@ -85,6 +85,11 @@ def _in_segments(monkeypatch):
     """Sequences are cut, and blocks of channels add dB and dC to one copy in turn."""
     monkeypatch.setattr(_scan_cuda_layout, "BLOCKS_A_PROCESSOR", {"general": 1000, "scalar": 1000})
     monkeypatch.setattr(_scan_cuda_layout, "PARTS", 1)
+    for costs in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(_scan_cuda_layout, costs, _scan_cuda_layout.Costs(0.0, 0.0, 0.0, 0.0))
+    _scan_cuda_layout.layout.cache_clear()
+    yield
+    _scan_cuda_layout.layout.cache_clear()
 
 
 @pytest.fixture
@@ -281,6 +286,30 @@ def test_mixed_dtypes_are_computed_in_float32():
     assert y.dtype == du.dtype == torch.bfloat16
     want = _scan_cuda.run(**{**given, "u": given["u"].detach().float()})
     torch.testing.assert_close(y, want.bfloat16())
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_a_division_leaves_nothing_out(scalar):
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        groups, length, batch = (int(np.exp(rng.uniform(0, top))) for top in (2, 11, 6))
+        rows, state, processors = (
+            int(np.exp(rng.uniform(0, 9))),
+            int(rng.integers(1, 33)),
+            int(rng.choice([1, 108, 132])),
+        )
+        backward, clusters = (bool(half < 0.5) for half in rng.random(2))
+        found = _scan_cuda_layout.layout(
+            scalar, batch, groups, rows, length, state, processors, 4 if scalar else 3, clusters, backward
+        )
+        assert found.padded >= state
+        assert found.chunks * found.chunk >= length > (found.chunks - 1) * found.chunk
+        assert found.tiles * found.block_rows >= rows > (found.tiles - 1) * found.block_rows
+        assert found.segments * found.segment_tokens >= length > (found.segments - 1) * found.segment_tokens
+        assert found.parts <= found.copies
+        assert found.parts * found.chain * found.cluster >= found.tiles
+        assert found.tiles % found.cluster == 0
+        assert found.shared_bytes(gated=True)[backward] <= 163 << 10
 
 
 #: A fault, and a case that must notice it.

@@ -16,12 +16,12 @@ CLUSTERS_FROM = 9
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
-def divide(scalar_A: bool, sizes: tuple[int, ...], processors: int, capability: int) -> Layout:
-    """The division of a call with (b, d, L, G, N) on a GPU of so many multiprocessors and this compute capability."""
+def divide(scalar_A: bool, sizes: tuple[int, ...], backward: bool, processors: int, capability: int) -> Layout:
+    """The division of a pass with (b, d, L, G, N) on a GPU of so many multiprocessors and this compute capability."""
     batch, channels, length, groups, state = sizes
     fill = _scan_cuda_layout.BLOCKS_A_PROCESSOR["scalar" if scalar_A else "general"]
     rows, clusters = channels // groups, capability >= CLUSTERS_FROM
-    return _scan_cuda_layout.layout(scalar_A, batch, groups, rows, length, state, processors, fill, clusters)
+    return _scan_cuda_layout.layout(scalar_A, batch, groups, rows, length, state, processors, fill, clusters, backward)
 
 
 class Plan(abc.ABC):

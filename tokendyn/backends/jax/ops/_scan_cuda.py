@@ -42,7 +42,7 @@ class _Plan(Plan):
     def __init__(self, given: Arrays, fixed: Arrays, softplus: bool, backward: bool) -> None:
         u, B = given["u"], given["B"]
         (batch, channels, length), (groups, state) = u.shape, B.shape[1:3]
-        layout = divide(given["A"].shape[1] == 1, (batch, channels, length, groups, state), *gpu())
+        layout = divide(given["A"].shape[1] == 1, (batch, channels, length, groups, state), backward, *gpu())
         run = next((run for run in layout.token_runs if length % min(run, 16 // u.dtype.itemsize) == 0), 0)
         self.runs = bool(run)
         gated = backward and "z" in given

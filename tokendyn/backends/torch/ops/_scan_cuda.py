@@ -79,7 +79,7 @@ class _Plan(Plan):
         batch, channels, length = u.shape
         groups, state = B.shape[1], B.shape[2]
         sizes = batch, channels, length, groups, state
-        layout = divide(A.shape[1] == 1, sizes, *_gpu(u.device))
+        layout = divide(A.shape[1] == 1, sizes, backward, *_gpu(u.device))
         mixed = delta.dtype != u.dtype or B.dtype != u.dtype or C.dtype != u.dtype
         narrow = _narrow(u, A)
         if mixed or (z is not None and z.dtype != u.dtype) or u.dtype not in _ELEMENTS:
