@@ -86,7 +86,7 @@ def _in_segments(monkeypatch):
     monkeypatch.setattr(_scan_cuda_layout, "BLOCKS_A_PROCESSOR", {"general": 1000, "scalar": 1000})
     monkeypatch.setattr(_scan_cuda_layout, "PARTS", 1)
     for costs in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(_scan_cuda_layout, costs, _scan_cuda_layout.Costs(0.0, 0.0, 0.0, 0.0))
+        monkeypatch.setattr(_scan_cuda_layout, costs, _scan_cuda_layout.Costs(0.0, 0.0, 0.0, 0.0, 0.0))
     _scan_cuda_layout.layout.cache_clear()
     yield
     _scan_cuda_layout.layout.cache_clear()

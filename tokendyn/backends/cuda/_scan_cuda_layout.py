@@ -60,12 +60,13 @@ class Costs(NamedTuple):
     joining: float
     #: A block before it along the channels, whose sums of dB and dC it waits for.
     waiting: float
+    #: By how much the last block to end takes longer than the others if there is no second round.
+    straggling: float
 
 
-FORWARD, BACKWARD = Costs(0.54, 1.66, 4.5, 0.0), Costs(1.03, 1.21, 0.3, 0.37)
-#: In the same units: a block's start. Of a round of blocks: how long it takes if it fills no more than half of the
-#: places, and what the last one to end takes longer than others if there is no second round.
-_START, _HALF_FULL, _STRAGGLING = 1.8, 0.7, 0.02
+FORWARD, BACKWARD = Costs(0.54, 1.66, 4.5, 0.0, 0.02), Costs(1.03, 1.21, 0.3, 0.37, 0.0)
+#: In the same units: a block's start; how long a round of blocks takes that fills no more than half of the places.
+_START, _HALF_FULL = 1.8, 0.7
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _scalar(sequences: int, group_size: int, length: int, state: int, places: in
         along = -(-tiles // most)
         full, rest = divmod(sequences * along * -(-chunks // segment), fit)
         rounds = full + (0 if rest == 0 else half_full if rest <= fit / 2 else 1)
-        work = segment * (most + costs.span) * (1 + _STRAGGLING / (full + (rest > 0)))
+        work = segment * (most + costs.span) * (1 + costs.straggling / (full + (rest > 0)))
         waiting = costs.waiting * -(-along // copies)
         if segment >= chunks:
             return rounds * (_START + work) + waiting
