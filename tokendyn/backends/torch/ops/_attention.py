@@ -105,6 +105,5 @@ def _attention(
         weights = torch.einsum("bnr,bnl->brl", C, B).unsqueeze(1) * decay(0)
     else:
         weights = sum((C[:, n, :, None] * B[:, n, None, :]).unsqueeze(1) * decay(n) for n in range(A.shape[1]))
-    return (weights * step.unsqueeze(-2)).masked_fill(
-        hidden, 0.0
-    )  # where an argument is no number, a decay of 0 is not enough
+    # Masked again, because what is not a number gets past a decay of 0.
+    return (weights * step.unsqueeze(-2)).masked_fill(hidden, 0.0)
