@@ -18,7 +18,7 @@ from tokendyn.backends.torch.ops import _scan_cuda
 
 from . import cuda_emulator
 from .scan_cases import CASES as SHARED
-from .scan_cases import DEVICE, arguments, check, check_apart, evaluate, tensors
+from .scan_cases import DEVICE, arguments, by_spec, check, check_apart, error, evaluate, tensors
 
 if DEVICE == "cpu" and cuda_emulator.COMPILER is None:
     pytest.skip("neither a GPU nor a C++ compiler to build the kernels for the CPU", allow_module_level=True)
@@ -120,6 +120,18 @@ def test_kernels_agree_with_the_spec(name, dtype):
 @pytest.mark.parametrize("name", ["four lanes", "two lanes, packed and padded", "scalar A, odd rows", "scalar A, wide"])
 def test_sequences_in_segments_agree_with_the_spec(name):
     check(_scan_cuda.run, arguments(name, **CASES[name]), torch.float32)
+
+
+@pytest.mark.usefixtures("_in_segments")
+@pytest.mark.parametrize("scalar", [False, True])
+def test_a_state_of_0_survives_growth_beyond_float32(scalar):
+    values = arguments("growth", 1, 3, 420, 4, scalar=scalar, scale=2.0, without=("z", "initial_state"))
+    values["A"] = -values["A"]
+    values["u"][..., :400], values["delta"][..., 400:] = 0.0, 0.1
+    want = by_spec(values, torch.float32)
+    y, last = _scan_cuda.run(**tensors(values, torch.float32, False), return_last_state=True)
+    assert error(y.detach(), want["y"]) < 1e-5
+    assert error(last.detach(), want["last_state"]) < 1e-5
 
 
 #: Channels of three blocks, which are one cluster, and of four.

@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) join_segments(const __grid
     for (i64 k = 0; k + 1 < p.segments; k++) {
         i64 segment = p.backwards ? p.segments - 1 - k : k, part = (batch * p.segments + segment) * size + at;
         float decay = ((const float*)p.decays)[part], end = ((const float*)p.ends)[part];
-        h = decay < 0.0f ? end : fmaf(decay, h, end);
+        h = decay < 0.0f || h == 0.0f ? end : fmaf(decay, h, end);  // growth across a segment may be infinite, which 0 survives
         slots[(p.backwards ? segment : segment + 1) * size] = h;
     }
 }
