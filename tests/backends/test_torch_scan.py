@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import tokendyn
 from tokendyn import core
@@ -145,6 +146,23 @@ def test_padding_reaches_nothing(engine: str, rubbish: float) -> None:
 def test_packed_sequences_are_apart_even_in_what_is_not_a_number(engine: str, scalar: bool) -> None:
     run = functools.partial(tokendyn.selective_scan, engine=engine)
     check_apart(run, scan_arguments("apart", 2, 3, 14, 2, scalar=scalar), 8)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_decay_of_0_is_no_reset(engine: str) -> None:
+    """One packed sequence is the bare one, though decays underflow: NaN stays."""
+    u = torch.tensor([[[torch.nan, 1.0, 1.0, 1.0]]])
+    ones, steps = torch.ones(1, 1, 4), torch.full((1, 1, 4), 2000.0)
+    alone = torch.zeros(1, 4, dtype=torch.int64)
+    y = tokendyn.selective_scan(u, steps, -torch.ones(1, 1), ones, ones, seq_idx=alone, engine=engine)
+    assert torch.isnan(y).all()
+
+
+def test_packed_calls_have_a_shape_without_values() -> None:
+    given = arguments("packed")
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in given.items()}
+        assert tokendyn.selective_scan(**fake).shape == given["u"].shape
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script.*deprecated:DeprecationWarning")  # of torch's own imports

@@ -37,7 +37,7 @@ def linear_recurrence(
         x: (L, ...) additive terms, of the same number of axes and dtype.
         h0: (...) the state before the first token; forward form only.
         transposed: the second form of the two. It does not read ``a[0]``.
-        cuts: where a is 0 nothing is passed on, not even what is infinite or NaN, and a has no gradient.
+        cuts: where a is -0 nothing is passed on, not even what is infinite or NaN, and a has no gradient.
 
     Returns:
         (L, ...) all states, in the shape of x.
@@ -60,7 +60,7 @@ def _solve(a: torch.Tensor, x: torch.Tensor, h0: torch.Tensor | None, transposed
     toward = 1 if transposed else -1
 
     def passed(h: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return torch.where(factor == 0, 0.0, h) if cuts else h
+        return torch.where(factor.signbit(), 0.0, h) if cuts else h
 
     for i in range(block):
         # The i-th place of every block, seen in the direction of the recurrence; blocks are counted from where it
@@ -132,7 +132,7 @@ class _Recurrence(Function):
         da = None
         if ctx.needs_input_grad[0]:
             da = _sum_to(_before(g, None) * h if ctx.transposed else g * _before(h, h0), a.shape)
-            da = torch.where(a == 0, 0.0, da) if ctx.cuts else da
+            da = torch.where(a.signbit(), 0.0, da) if ctx.cuts else da
         return da, g, None if h0 is None else a[0] * g[0], None, None
 
     @staticmethod
@@ -156,7 +156,7 @@ class _Recurrence(Function):
         if da is not None:
             change = _after(h) * _after(da) if ctx.transposed else _before(h, h0) * da
             if ctx.cuts:
-                change = torch.where((_after(a) if ctx.transposed else a) == 0, 0.0, change)
+                change = torch.where((_after(a) if ctx.transposed else a).signbit(), 0.0, change)
             source = source + change
         return linear_recurrence(a, source, dh0, transposed=ctx.transposed, cuts=ctx.cuts)
 

@@ -52,7 +52,9 @@ class _Chunks:
         per_token = r.B[0].numel() * channels
         self.r = r
         self.size = min(length, max(_SHORTEST_CHUNK, _CHUNK_ELEMENTS // per_token))
-        self.begun = [False] * length if r.resets is None else r.resets.flatten(1).any(1).tolist()
+        self.begun = [True] * length  # of tensors without values, as in a trace, none can be told from others
+        if type(r.resets) is torch.Tensor and not r.resets.is_meta:
+            self.begun = r.resets.flatten(1).any(1).tolist()
         self.decay = r.step.new_empty(self.size, *rest[:-1], r.A.shape[1], channels)
         self.states = r.step.new_empty(self.size, *rest, channels)
 

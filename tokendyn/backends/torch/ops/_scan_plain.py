@@ -71,9 +71,12 @@ class Recurrence:
 def solve_plainly(r: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:
     """y (L, b, G, 1, c) and the last state (b, G, N, c), with all states of all tokens in memory."""
     exponent = r.step * r.A
-    if r.resets is not None:
-        exponent = exponent.masked_fill(r.resets, -torch.inf)
-    h = linear_recurrence(exponent.exp(), r.v * r.B, r.h0, cuts=r.resets is not None)
+    if r.resets is None:
+        h = linear_recurrence(exponent.exp(), r.v * r.B, r.h0)
+    else:
+        # A reset is -0, which no decay is, though one may be 0. Masked before the exponential too, for the gradient.
+        decay = exponent.masked_fill(r.resets, -torch.inf).exp().masked_fill(r.resets, -0.0)
+        h = linear_recurrence(decay, r.v * r.B, r.h0, cuts=True)
     return (r.C * h).sum(-2, keepdim=True), h[-1]
 
 

@@ -122,7 +122,7 @@ def chunk_states(
                             B_tile = tl.where(valid, B_tile, 0.0)
                         a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                         if seq_idx is not None:
-                            a = tl.where(keep, a, 0.0)
+                            a = tl.where(keep, a, -1.0)
                         leaving = leaving + (advance(a, inflow * B_tile, entering[i], seq_idx is not None)[2],)
                     _put(work + n * ROWS, leaving, UNROLL)
         at = (batch * chunks + chunk) * state * channels + rows
@@ -130,7 +130,7 @@ def chunk_states(
             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
             tl.store(ends + at + n * channels, tl.load(work + n * ROWS), mask=exists)
             tl.store(
-                decays + at + n * channels, tl.where(intact == 1, tl.exp2(A_row * LOG2E * total), 0.0), mask=exists
+                decays + at + n * channels, tl.where(intact == 1, tl.exp2(A_row * LOG2E * total), -1.0), mask=exists
             )
 
 
@@ -183,7 +183,7 @@ def chunk_costates(
                             C_tile = tl.where(valid, C_tile, 0.0)
                         a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                         if seq_idx is not None:
-                            a = tl.where(keep, a, 0.0)
+                            a = tl.where(keep, a, -1.0)
                         leaving = leaving + (retreat(a, dout * C_tile, entering[i], seq_idx is not None)[1],)
                     _put(work + n * ROWS, leaving, UNROLL)
         at = (batch * chunks + chunk) * state * channels + rows
@@ -191,14 +191,14 @@ def chunk_costates(
             A_row = tl.load(A + n * A_n + rows, mask=exists, other=0.0).to(tl.float32)
             tl.store(ends + at + n * channels, tl.load(work + n * ROWS), mask=exists)
             tl.store(
-                decays + at + n * channels, tl.where(intact == 1, tl.exp2(A_row * LOG2E * total), 0.0), mask=exists
+                decays + at + n * channels, tl.where(intact == 1, tl.exp2(A_row * LOG2E * total), -1.0), mask=exists
             )
 
 
 @triton.jit
 def _then(p, x, q, y):
-    """The map h -> p h + x followed by h -> q h + y. Nothing gets past a q of 0, not even what is no number."""
-    return tl.where(q == 0.0, 0.0, p * q), tl.where(q == 0.0, y, q * x + y)
+    """The map h -> p h + x followed by h -> q h + y. A negative factor stands for a reset, which nothing gets past."""
+    return tl.where((p < 0.0) | (q < 0.0), -1.0, p * q), tl.where(q < 0.0, y, q * x + y)
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def pass_states(
         p = tl.load(decays + where, mask=mask, other=1.0)
         x = tl.load(ends + where, mask=mask, other=0.0)
         p, x = tl.associative_scan((p, x), 0, _then)
-        after = tl.where(p == 0.0, x, p * h[None, :] + x)
+        after = tl.where(p < 0.0, x, p * h[None, :] + x)
         slot = slots[None, :] + (index if BACKWARDS else index + 1)[:, None] * size
         tl.store(slot, after, mask=mask)
         h = tl.sum(tl.where((step == AT_ONCE - 1)[:, None], after, 0.0), axis=0)
@@ -284,7 +284,7 @@ def outputs(
                             C_tile = tl.where(valid, C_tile, 0.0)
                         a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                         if seq_idx is not None:
-                            a = tl.where(keep, a, 0.0)
+                            a = tl.where(keep, a, -1.0)
                         states_of_n = advance(a, inflow * B_tile, entering[i], seq_idx is not None)
                         leaving = leaving + (states_of_n[2],)
                         out += states_of_n[1] * C_tile
@@ -373,7 +373,7 @@ def gradients(
                                     B_tile = tl.where(valid, B_tile, 0.0)
                                 a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                                 if seq_idx is not None:
-                                    a = tl.where(keep, a, 0.0)
+                                    a = tl.where(keep, a, -1.0)
                                 leaving = leaving + (advance(a, inflow * B_tile, entering[i], seq_idx is not None)[2],)
                             _put(tile_states + ((tile + 1) * state + n) * ROWS, leaving, UNROLL)
                 sum_D = tl.zeros([ROWS], tl.float32)
@@ -417,7 +417,7 @@ def gradients(
                                         C_tile = tl.where(valid, C_tile, 0.0)
                                     a = tl.exp2(step * (A_rows[i] * LOG2E)[:, None])
                                     if seq_idx is not None:
-                                        a = tl.where(keep, a, 0.0)
+                                        a = tl.where(keep, a, -1.0)
                                     before, after, _last = advance(a, inflow * B_tile, entering[i], seq_idx is not None)
                                     g, e = retreat(a, dout * C_tile, arriving[i], seq_idx is not None)
                                     leaving = leaving + (e,)

@@ -153,10 +153,11 @@ def kept(seq_idx, start, stop):
 
 @triton.jit
 def _passed(a, h, CUTS: tl.constexpr):
-    """a h; with CUTS 0 where a is, though h be no number."""
+    """a h; with CUTS 0 where a is negative, which no decay is, though h be no number."""
+    passed = a * h
     if CUTS:
-        h = tl.where(a == 0.0, 0.0, h)
-    return a * h
+        passed = tl.where(a < 0.0, 0.0, passed)
+    return passed
 
 
 @triton.jit
