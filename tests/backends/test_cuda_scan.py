@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokendyn._tolerances import tolerance
 from tokendyn.backends.cuda import _scan_cuda_layout
 from tokendyn.backends.cuda._scan_cuda_plan import CLUSTERS_FROM
 from tokendyn.backends.torch.ops import _scan_cuda
@@ -130,8 +131,9 @@ def test_a_state_of_0_survives_growth_beyond_float32(scalar):
     values["u"][..., :400], values["delta"][..., 400:] = 0.0, 0.1
     want = by_spec(values, torch.float32)
     y, last = _scan_cuda.run(**tensors(values, torch.float32, False), return_last_state=True)
-    assert error(y.detach(), want["y"]) < 1e-5
-    assert error(last.detach(), want["last_state"]) < 1e-5
+    bound = tolerance("selective_scan", "float32").values
+    assert error(y.detach(), want["y"]) <= bound
+    assert error(last.detach(), want["last_state"]) <= bound
 
 
 #: Channels of three blocks, which are one cluster, and of four.
